@@ -1,0 +1,143 @@
+"""What one call will run: chunks, GEMMs, workspace and traffic, known before it runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+DEFAULT_CHUNK_BYTES = 512 * 1024**2
+SMALLEST_FUSED_ELEMENTS = 1 << 22  # N x V; below, compiling costs more than it saves
+
+Precision = Literal["fp32_logits", "bf16_logits"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What runs. Bytes are those of this call alone, beyond its inputs.
+
+    Attributes:
+        backend: "cpu" or "reference".
+        precision: how logits are held.
+        fused: whether the elementwise work is compiled.
+        rows: tokens that carry weight; the others enter no GEMM.
+        rows_per_chunk: rows whose logits exist at one time.
+        chunks: passes of the chunk loop.
+        gemms: matrix products, in units of 2 * rows * D * V FLOP.
+        synchronisations: times the host waits for a device.
+        workspace_bytes: chunk buffers, fp32 copies of heads, gradients.
+        traffic_bytes: modelled reads and writes of the chunk buffers by GEMMs and row kernels.
+    """
+
+    backend: Literal["cpu", "reference"]
+    precision: Precision
+    fused: bool
+    rows: int
+    rows_per_chunk: int
+    chunks: int
+    gemms: float
+    synchronisations: int
+    workspace_bytes: int
+    traffic_bytes: int
+
+
+class RowGroup(NamedTuple):
+    """Rows that need the same second sides."""
+
+    rows: int
+    sides: int  # logit rows per token: student, and teacher, and reference
+
+
+def plan_groups(
+    groups: Sequence[RowGroup],
+    hidden_size: int,
+    vocab_size: int,
+    *,
+    temperatures: int = 1,
+    student_gradient: bool = True,
+    weight_gradient: bool = True,
+    copied_heads: int = 0,
+    element_bytes: int = 4,
+    max_chunk_bytes: int | None = None,
+    compiled: bool = True,
+    precision: Precision = "fp32_logits",
+) -> Plan:
+    """The plan for rows in groups; see `plan` for the arguments."""
+    gradient = student_gradient or weight_gradient
+    budget = DEFAULT_CHUNK_BYTES if max_chunk_bytes is None else max_chunk_bytes
+    buffers = max((group.sides for group in groups), default=1)
+    buffers += 1 if temperatures == 2 and gradient else 0
+    row_bytes = buffers * vocab_size * element_bytes
+    if budget < row_bytes:
+        raise ValueError(
+            f"max_chunk_bytes: found {budget}, expected at least {row_bytes}, the logits of a row"
+        )
+    largest = max((group.rows for group in groups), default=0)
+    # Equal chunks: a short last one would run its GEMMs at a worse shape.
+    rows_per_chunk = math.ceil(largest / math.ceil(largest * row_bytes / budget)) if largest else 0
+    rows = sum(group.rows for group in groups)
+    forward = sum(group.rows * group.sides for group in groups)
+    backward = rows * (int(student_gradient) + int(weight_gradient))
+    kernel_reads = temperatures * (2 if gradient else 1)
+    gradient_writes = rows if gradient else 0
+    return Plan(
+        backend="cpu",
+        precision=precision,
+        fused=compiled and rows * vocab_size >= SMALLEST_FUSED_ELEMENTS,
+        rows=rows,
+        rows_per_chunk=rows_per_chunk,
+        chunks=sum(math.ceil(group.rows / rows_per_chunk) for group in groups if group.rows),
+        gemms=(forward + backward) / rows if rows else 0.0,
+        synchronisations=1,
+        workspace_bytes=rows_per_chunk * row_bytes
+        + copied_heads * vocab_size * hidden_size * element_bytes
+        + (vocab_size * hidden_size * element_bytes if weight_gradient else 0)
+        + (rows * hidden_size * element_bytes if student_gradient else 0),
+        traffic_bytes=(forward * (1 + kernel_reads) + gradient_writes + backward)
+        * vocab_size
+        * element_bytes,
+    )
+
+
+def plan(
+    rows: int,
+    hidden_size: int,
+    vocab_size: int,
+    *,
+    teacher: bool = True,
+    reference: bool = False,
+    temperatures: int = 1,
+    student_gradient: bool = True,
+    weight_gradient: bool = True,
+    copied_heads: int = 0,
+    max_chunk_bytes: int | None = None,
+    compiled: bool = True,
+) -> Plan:
+    """What `fused_hsd_loss` would run on the cpu backend for fp32 logits.
+
+    Args:
+        rows: N, tokens that carry weight.
+        hidden_size: D.
+        vocab_size: V, columns in use.
+        teacher, reference: whether their logits are needed.
+        temperatures: 2 where the KLs have a temperature other than the log-probs', else 1.
+        student_gradient, weight_gradient: which gradients are wanted.
+        copied_heads: heads that are copied to fp32 because theirs is a narrower dtype.
+        max_chunk_bytes: cap of all logits held at one time; default 512 MiB.
+        compiled: whether a C++ compiler is there.
+
+    Raises:
+        ValueError: where the logits of one row do not fit in `max_chunk_bytes`.
+    """
+    return plan_groups(
+        [RowGroup(rows, 1 + int(teacher) + int(reference))],
+        hidden_size,
+        vocab_size,
+        temperatures=temperatures,
+        student_gradient=student_gradient,
+        weight_gradient=weight_gradient,
+        copied_heads=copied_heads,
+        max_chunk_bytes=max_chunk_bytes,
+        compiled=compiled,
+    )

@@ -1,0 +1,51 @@
+"""The two row kernels and the contract they share.
+
+    row_stats(spec, logits, ...) -> (len(Row), C) fp32       reads the chunk
+    row_grad(spec, logits, rows, coefficients, ...) -> (C,)  writes dL/d(raw logits) over `student`
+
+Raw logits are the GEMM's output `x W^T + bias`; scale, softcap and temperature are applied in the
+kernels, and their chain rule in `row_grad`. A second model's row comes as its own raw logits or,
+where it shares the student's head, as the difference student - other, computed as one GEMM
+(x_student - x_other) W^T: its relative error does not grow with the size of the logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+Source = Literal["absent", "logits", "difference"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSpec:
+    """What a row holds and what is wanted of it: everything that selects code, no values.
+
+    `same_temperature` says that teacher and student share the temperature of this pass, so that
+    the difference of their logits is the given difference times one factor.
+    """
+
+    teacher: Source = "absent"
+    reference: Source = "absent"
+    forward_kl: bool = False
+    reverse_kl: bool = False
+    jsd: bool = False
+    target: bool = False
+    softcap: bool = False
+    same_temperature: bool = True
+
+
+class RowInputs(NamedTuple):
+    """One chunk of rows. Optional tensors are None exactly where the `RowSpec` says absent."""
+
+    student: Tensor  # (C, V) raw logits; row_grad overwrites them with the gradient
+    teacher: Tensor | None  # (C, V) raw logits, or raw student - teacher
+    reference: Tensor | None  # (C, V) likewise
+    targets: Tensor | None  # (C,) int64
+    inverse_temperature: Tensor  # (C,)
+    teacher_inverse_temperature: Tensor  # (C,)
+    logit_scale: Tensor  # ()
+    softcap: Tensor  # ()
+    jsd_beta: Tensor  # ()
