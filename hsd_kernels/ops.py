@@ -1,4 +1,4 @@
-"""The autograd node: gradients are formed in forward, scaled by the upstream gradient in backward."""
+"""The autograd node: forward forms the gradients, backward scales them by the upstream one."""
 
 from __future__ import annotations
 

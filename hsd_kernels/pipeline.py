@@ -69,7 +69,7 @@ class Heads(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """One reading of a chunk at one temperature. A second is needed where the KLs have their own."""
+    """One reading of a chunk at one temperature; the KLs may have one of their own."""
 
     spec: RowSpec
     temperature: Tensor  # (N,)
@@ -201,7 +201,7 @@ def _chunk(
 def _logits(
     problem: Problem, group: Group, rows: Tensor, hidden: Tensor, heads: Heads, buffers: Tensor
 ) -> list[Tensor]:
-    """Raw logits (C, V) of the student, then of each side: as a difference where it shares the head.
+    """Raw logits (C, V) of the student, then of each side, a difference where it shares the head.
 
     All that goes through one head is one GEMM.
     """

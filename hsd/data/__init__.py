@@ -1,0 +1,1 @@
+"""Tasks, verifiers, peers and privileged contexts: everything before the first forward pass."""

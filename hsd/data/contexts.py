@@ -1,0 +1,219 @@
+"""Prompts of student and teacher, as token ids: the question, and the question with its context.
+
+Both sides differ in the user turn only. What stands before and behind the user turn is rendered
+once from the model's own chat template, and what stands behind it is tokenised on its own, so that
+the response is predicted from the same last ids on both sides.
+
+Questions, answers and peers are untrusted: strings of special tokens are dropped from them, and no
+special token can arise from their text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from hsd.data.questions import Question
+from hsd.data.templates import load_template
+from hsd.data.untrusted import drop_strings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextConfig:
+    """What the teacher sees beside the question.
+
+    With neither answer nor peer the teacher's prompt is the student's: the control.
+
+    Args:
+        template: name of a template in templates.toml.
+        show_answer: show the correct final answer.
+        show_peer: show a successful peer.
+        fallback: what a rollout without a successful peer gets where peers are shown: the answer
+            alone (also if show_answer is false), or no teacher at all.
+        peer_token_budget: most tokens of peer text; only the peer is ever cut.
+        peer_keep: which part of a peer that is too long stays.
+    """
+
+    template: str = "default"
+    show_answer: bool = True
+    show_peer: bool = True
+    fallback: Literal["answer", "skip"] = "answer"
+    peer_token_budget: int = 1024
+    peer_keep: Literal["head", "tail", "middle"] = "tail"
+
+    def __post_init__(self) -> None:
+        if self.fallback not in ("answer", "skip"):
+            raise ValueError(f"context.fallback: found {self.fallback!r}, expected answer or skip")
+        if self.peer_keep not in ("head", "tail", "middle"):
+            found = repr(self.peer_keep)
+            raise ValueError(f"context.peer_keep: found {found}, expected head, tail or middle")
+        budget = self.peer_token_budget
+        if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+            raise ValueError(
+                f"context.peer_token_budget: found {budget!r}, expected an integer of at least 1"
+            )
+
+
+@dataclass(frozen=True)
+class Context:
+    """The teacher's prompt for one rollout.
+
+    Args:
+        token_ids: the prompt, up to where the response begins.
+        peer_truncated_tokens: tokens of the peer that the budget cut away.
+        special_tokens_removed: special tokens dropped from question, answer and peer.
+    """
+
+    token_ids: list[int]
+    peer_truncated_tokens: int
+    special_tokens_removed: int
+
+
+class ContextBuilder:
+    """Builds the prompts of one model.
+
+    Args:
+        tokenizer: the model's own, a fast one; without a chat template the plain text pair of the
+            template is used.
+        config: what the teacher sees.
+
+    Raises:
+        TypeError: the tokenizer gives no character offsets.
+        ValueError: the template is incomplete, or the chat template does not show the user's turn
+            exactly once.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: ContextConfig) -> None:
+        if not tokenizer.is_fast:
+            found = type(tokenizer).__name__
+            raise TypeError(f"tokenizer: found {found}, expected a fast one with character offsets")
+        self._tokenizer = tokenizer
+        self._config = config
+        self._template = load_template(config.template)
+        specials = _special_tokens(tokenizer)
+        self._special_texts = frozenset(specials.values())
+        # An id for unknown words alone is no control token: plain text may give it.
+        roles = [k for k, v in tokenizer.special_tokens_map.items() if v == tokenizer.unk_token]
+        unknown = {tokenizer.unk_token_id} if roles == ["unk_token"] else set()
+        self._special_ids = frozenset(specials.keys() - unknown)
+        self._head, tail = self._frame()
+        self._tail_ids = self._encode(tail)
+        self._head_specials = sum(token in self._special_ids for token in self._encode(self._head))
+        self._bos_ids = self._leading_ids()
+
+    def student(self, question: Question) -> list[int]:
+        """The plain prompt: the question alone."""
+        turn, _ = drop_strings(question.prompt, self._special_texts)
+        token_ids, _ = self._prompt(turn)
+        return token_ids
+
+    def teacher(self, question: Question, *, peer_text: str | None) -> Context | None:
+        """The prompt with its privileged context.
+
+        Args:
+            question: the question.
+            peer_text: the successful peer's response, None if there is none; not looked at unless
+                peers are shown.
+
+        Returns:
+            None if this rollout gets no teacher (fallback "skip").
+        """
+        config, template = self._config, self._template
+        peer = peer_text if config.show_peer else None
+        falls_back = config.show_peer and peer is None
+        if falls_back and config.fallback == "skip":
+            return None
+        turn, removed = drop_strings(question.prompt, self._special_texts)
+        blocks, truncated = "", 0
+        if config.show_answer or falls_back:
+            answer, dropped = drop_strings(question.answer, self._special_texts)
+            blocks += template.answer[0] + answer + template.answer[1]
+            removed += dropped
+        if peer is not None:
+            peer, dropped = self._clean_peer(peer)
+            peer, truncated = self._truncate(peer)
+            blocks += template.peer[0] + peer + template.peer[1]
+            removed += dropped
+        if blocks:
+            turn = turn.strip() + blocks + template.closing
+        token_ids, dropped = self._prompt(turn)
+        return Context(token_ids, truncated, removed + dropped)
+
+    def _frame(self) -> tuple[str, str]:
+        """The texts before and behind a user turn, with the generation header in the latter.
+
+        A template is rendered around a stand-in, so no question can steer its conditions.
+        """
+        if self._tokenizer.chat_template is None:
+            return self._template.plain
+        turn = "HSDUSERTURN"
+        rendered: Any = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": turn}], add_generation_prompt=True, tokenize=False
+        )
+        parts = str(rendered).split(turn)
+        if len(parts) != 2:
+            found = f"the user's turn {len(parts) - 1} times"
+            raise ValueError(f"tokenizer.chat_template: found {found}, expected it exactly once")
+        return parts[0], parts[1]
+
+    def _prompt(self, turn: str) -> tuple[list[int], int]:
+        """Ids of the whole prompt, and how many special ids the turn gave that were dropped.
+
+        Dropping strings is not enough where a tokenizer normalises text before it looks for its
+        special tokens. White space around the turn goes: many chat templates trim it, and it would
+        melt into the frame's tokens.
+        """
+        kept, allowed, removed = [], self._head_specials, 0
+        for token_id in self._encode(self._head + turn.strip()):
+            if token_id in self._special_ids:
+                if allowed == 0:
+                    removed += 1
+                    continue
+                allowed -= 1
+            kept.append(token_id)
+        return self._bos_ids + kept + self._tail_ids, removed
+
+    def _clean_peer(self, peer: str) -> tuple[str, int]:
+        """The peer without special tokens and delimiters, and the number of the former."""
+        delimiters = {self._template.peer_open, self._template.peer_close}
+        encodable = peer.encode("utf-8", "replace").decode("utf-8")  # no lone surrogates
+        return drop_strings(encodable.strip(), self._special_texts, uncounted=delimiters)
+
+    def _truncate(self, peer: str) -> tuple[str, int]:
+        """The peer cut to its budget at token boundaries, and the number of tokens cut away."""
+        encoded = self._tokenizer(
+            peer, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        offsets: list[tuple[int, int]] = encoded["offset_mapping"]
+        budget = self._config.peer_token_budget
+        excess = len(offsets) - budget
+        if excess <= 0:
+            return peer, 0
+        first = {"head": 0, "middle": excess // 2, "tail": excess}[self._config.peer_keep]
+        last = first + budget
+        mark = self._template.truncation_mark
+        start, end = offsets[first][0], offsets[last - 1][1]
+        opening = f"{mark} " if first > 0 else ""
+        ending = f" {mark}" if last < len(offsets) else ""
+        return opening + peer[start:end].strip() + ending, excess
+
+    def _encode(self, text: str) -> list[int]:
+        encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
+        token_ids: list[int] = encoded["input_ids"]
+        return token_ids
+
+    def _leading_ids(self) -> list[int]:
+        """The beginning-of-sequence id where the tokenizer adds one; chat templates write it."""
+        bos = self._tokenizer.bos_token_id
+        if self._tokenizer.chat_template is not None or bos is None:
+            return []
+        return [bos] if self._tokenizer("x")["input_ids"][0] == bos else []
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    added = tokenizer.added_tokens_decoder.items()
+    special = {token_id: str(token) for token_id, token in added if token.special}
+    return special | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))

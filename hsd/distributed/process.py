@@ -1,0 +1,73 @@
+"""Data parallelism by processes: each rank has all weights and a share of the questions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among the others.
+
+    Attributes:
+        rank: 0 writes the files and talks to the terminal.
+        size: number of processes.
+    """
+
+    rank: int
+    size: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, items: Sequence[Item]) -> list[Item]:
+        """Every size-th item, from the rank's own on."""
+        return list(items[self.rank :: self.size])
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """Sums a tensor over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Sums gradients over the ranks: the losses already hold the global normaliser.
+
+        Every rank takes part for every parameter; one without a gradient adds zero.
+        """
+        if self.size == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+
+
+def join_world() -> World:
+    """Joins the processes that torchrun started; alone without it."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(rank=0, size=1)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return World(rank=dist.get_rank(), size=size)
+
+
+def leave_world(world: World) -> None:
+    """Ends the process group, if there is one."""
+    if world.size > 1:
+        dist.destroy_process_group()

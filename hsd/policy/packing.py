@@ -1,0 +1,92 @@
+"""From rollouts to padded micro-batches of a token budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRow:
+    """One rollout as the loss sees it.
+
+    Attributes:
+        student_prompt, teacher_prompt: token ids to the left of the response.
+        response: token ids; the same on both sides.
+        weights: one per response token; they hold masks and normalisation.
+        logprobs: the engine's, of the response tokens, nats.
+    """
+
+    student_prompt: tuple[int, ...]
+    teacher_prompt: tuple[int, ...]
+    response: tuple[int, ...]
+    weights: tuple[float, ...]
+    logprobs: tuple[float, ...]
+
+    @property
+    def padded_length(self) -> int:
+        """Tokens of the longer side."""
+        return max(len(self.student_prompt), len(self.teacher_prompt)) + len(self.response)
+
+
+def merge_equal(rows: Sequence[TrainingRow]) -> list[TrainingRow]:
+    """Rows that agree in prompts and response become one whose weights are their sum.
+
+    Exact: the loss is linear in the weights. Short answers repeat within a group.
+    """
+    merged: dict[tuple[tuple[int, ...], ...], TrainingRow] = {}
+    for row in rows:
+        key = (row.student_prompt, row.teacher_prompt, row.response)
+        if key in merged:
+            weights = zip(merged[key].weights, row.weights, strict=True)
+            row = replace(merged[key], weights=tuple(a + b for a, b in weights))
+        merged[key] = row
+    return list(merged.values())
+
+
+def without_idle_ends(rows: Sequence[TrainingRow]) -> list[TrainingRow]:
+    """Cuts each response behind its last token with weight, and drops rows without any.
+
+    Exact: in a causal model later tokens do not change earlier ones.
+    """
+    cut = []
+    for row in rows:
+        length = max((i + 1 for i, weight in enumerate(row.weights) if weight != 0), default=0)
+        if length:
+            cut.append(
+                replace(
+                    row,
+                    response=row.response[:length],
+                    weights=row.weights[:length],
+                    logprobs=row.logprobs[:length],
+                )
+            )
+    return cut
+
+
+def micro_batches(rows: Sequence[TrainingRow], *, token_budget: int) -> list[list[TrainingRow]]:
+    """Splits rows so that each batch, padded, stays within the budget; one row at least each."""
+    batches: list[list[TrainingRow]] = []
+    for row in sorted(rows, key=lambda row: row.padded_length):
+        # Sorted by length: the row at hand is the longest of its batch.
+        if batches and (len(batches[-1]) + 1) * row.padded_length <= token_budget:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def pad_right(
+    sequences: Sequence[Sequence[int]], *, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, (B, L) int64 each; padding is id 0 under mask 0."""
+    length = max(len(sequence) for sequence in sequences)
+    ids = torch.zeros((len(sequences), length), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+        mask[row, : len(sequence)] = 1
+    return ids.to(device), mask.to(device)

@@ -1,0 +1,100 @@
+"""The folder of a run: resolved configuration, metrics, rollouts, curves, checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hsd.config import Config, to_dict
+from hsd.metrics import JsonLines, read_json_lines, write_curves
+from hsd.objective.batch import Group, JudgedRollout
+from hsd.policy.load import save_policy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_PACKAGES = ("hsd-kernels", "torch", "transformers", "tokenizers", "numpy", "reasoning-gym")
+
+
+class RunFolder:
+    """Creates and fills the folder of one run.
+
+    Args:
+        path: must not exist, or be empty.
+        config: what the run does.
+
+    Raises:
+        FileExistsError: the folder holds something.
+    """
+
+    def __init__(self, path: Path, config: Config) -> None:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise FileExistsError(f"run_dir: found {path} in use, expected a new or empty folder")
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._title = path.name
+        (path / "config.json").write_text(
+            json.dumps({"config": to_dict(config), **environment()}, indent=2) + "\n",
+            encoding="utf-8",
+        )
+        self._metrics = JsonLines(path / "metrics.jsonl")
+        self._rollouts = JsonLines(path / "rollouts.jsonl")
+
+    def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+        self._metrics.write({"kind": kind, "step": step, **values})
+
+    def rollouts(self, step: int, group: Group, judged: Sequence[JudgedRollout]) -> None:
+        """One line of rollouts.jsonl per rollout."""
+        for index, (rollout, outcome) in enumerate(zip(group.rollouts, judged, strict=True)):
+            self._rollouts.write(
+                {
+                    "step": step,
+                    "question": group.question.id,
+                    "index": index,
+                    "prompt": group.question.prompt,
+                    "text": group.texts[index],
+                    "token_ids": rollout.token_ids,
+                    "logprobs": rollout.logprobs,
+                    "loss_mask": rollout.loss_mask,
+                    "finish_reason": rollout.finish_reason,
+                    "policy_version": rollout.policy_version,
+                    "correct": group.rewards[index],
+                    "peer": outcome.peer,
+                    "divergence": outcome.divergence,
+                }
+            )
+
+    def checkpoint(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Replaces the checkpoint, a directory for transformers' from_pretrained."""
+        save_policy(model, tokenizer, self.path / "checkpoint")
+
+    def close(self) -> None:
+        """Draws the curves and closes the files."""
+        self._metrics.close()
+        self._rollouts.close()
+        records = read_json_lines(self.path / "metrics.jsonl")
+        write_curves(self.path / "curves.png", records, title=self._title)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the record."""
+    versions: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "processor": torch.cpu.get_capabilities().get("cpu_name", platform.machine()),
+        "cores": os.cpu_count(),
+    }

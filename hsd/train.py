@@ -1,0 +1,353 @@
+"""Hindsight Self-Distillation, step by step (arXiv 2606.15576).
+
+    questions -> rollouts -> rewards -> peers -> contexts -> hidden states -> fused loss ->
+    optimiser -> weights back to the engine
+
+`hsd train RECIPE` and `torchrun --nproc-per-node N -m hsd.train RECIPE` run it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+
+from hsd.config import Config, fail, parse_arguments, to_dict
+from hsd.data.contexts import ContextBuilder
+from hsd.data.questions import Question
+from hsd.data.tasks import Task, load_task
+from hsd.distributed.process import World, join_world, leave_world
+from hsd.evaluate import Evaluation, accuracy_table, evaluate, gain
+from hsd.metrics import StepProgress, sample_table
+from hsd.objective.batch import Group, JudgedRollout, judge
+from hsd.objective.step import SUMS, Policy, accumulate_gradients
+from hsd.policy.head import output_head
+from hsd.policy.load import load_policy
+from hsd.policy.optimizer import adamw, clipped_step, learning_rate
+from hsd.policy.precision import compute_dtype
+from hsd.rollout.hf import HfEngine
+from hsd.rollout.protocol import RolloutEngine, Sampling, response_text, stream_seed
+from hsd.run import RunFolder
+from hsd.warmup import warm_up
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """The parts of a run that every step uses."""
+
+    config: Config
+    task: Task
+    policy: Policy
+    tokenizer: PreTrainedTokenizerBase
+    contexts: ContextBuilder
+    engine: RolloutEngine
+    optimizer: torch.optim.Optimizer
+    world: World
+
+    @property
+    def sampling(self) -> Sampling:
+        rollout = self.config.rollout
+        return Sampling(
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+        )
+
+
+def prepare(config: Config, world: World, console: Console) -> Trainer:
+    """Loads task and model, warms the model up, and starts the engine."""
+    task = load_task(config.task)
+    if not getattr(task, config.evaluation.split):
+        raise ValueError(
+            f"evaluation.split: found no question in {config.evaluation.split}, expected some"
+        )
+    model, tokenizer = load_policy(config.model.name)
+    contexts = ContextBuilder(tokenizer, config.context)
+    dtype = compute_dtype(config.model.compute_dtype)
+    head = output_head(model)
+    if config.warmup.steps:
+        # One rank warms up; the others find the weights in the cache.
+        for turn in (world.is_main, not world.is_main):
+            if turn:
+                warm_up(
+                    config, model, tokenizer, head, task.train, compute_dtype=dtype, console=console
+                )
+            world.barrier()
+    initial = copy.deepcopy(model).requires_grad_(False)
+    initial_head = output_head(initial)
+    live = config.objective.teacher == "live"
+    return Trainer(
+        config=config,
+        task=task,
+        policy=Policy(
+            model=model,
+            head=head,
+            teacher=model if live else initial,
+            teacher_head=head if live else initial_head,
+            initial=initial,
+            initial_head=initial_head,
+            compute_dtype=dtype,
+        ),
+        tokenizer=tokenizer,
+        contexts=contexts,
+        engine=HfEngine(
+            model, tokenizer, compute_dtype=dtype, batch_rows=config.rollout.batch_rows
+        ),
+        optimizer=adamw(model.parameters(), config.optimizer.learning_rate),
+        world=world,
+    )
+
+
+def train_step(
+    trainer: Trainer, questions: Sequence[Question], step: int
+) -> tuple[dict[str, float], list[tuple[Group, list[JudgedRollout]]]]:
+    """One update on this rank's questions; metrics are of all ranks."""
+    config, world = trainer.config, trainer.world
+    started = time.perf_counter()
+    rollouts = trainer.engine.generate(
+        [trainer.contexts.student(question) for question in questions],
+        seeds=[stream_seed("rollout", config.seed, step, q.id) for q in questions],
+        group_size=config.rollout.group_size,
+        sampling=trainer.sampling,
+    )
+    groups = []
+    for question, group in zip(questions, rollouts, strict=True):
+        texts = [response_text(trainer.tokenizer, rollout) for rollout in group]
+        rewards = [trainer.task.verify(question, text) for text in texts]
+        groups.append(Group(question=question, rollouts=group, texts=texts, rewards=rewards))
+    sampled = time.perf_counter()
+
+    judged = [
+        judge(
+            group,
+            trainer.tokenizer,
+            trainer.contexts,
+            config.objective,
+            seed=config.seed,
+            step=step,
+            questions=config.rollout.questions_per_step,
+        )
+        for group in groups
+    ]
+    sums, largest_gap = accumulate_gradients(
+        trainer.policy,
+        [outcome.row for outcomes in judged for outcome in outcomes if outcome.row],
+        config.objective,
+        micro_batch_tokens=config.micro_batch_tokens,
+        temperature=config.rollout.temperature,
+    )
+    world.sum_gradients(trainer.policy.model.parameters())
+    rate = learning_rate(config.optimizer, step=step, steps=config.steps)
+    norm = clipped_step(
+        trainer.optimizer,
+        trainer.policy.model.parameters(),
+        learning_rate=rate,
+        max_grad_norm=config.optimizer.max_grad_norm,
+    )
+    trainer.engine.update_weights(trainer.policy.model, version=step + 1)
+    ended = time.perf_counter()
+
+    metrics = _means(world, config, groups, judged, sums, largest_gap)
+    metrics |= {
+        "grad_norm": norm,
+        "learning_rate": rate,
+        "rollout_seconds": sampled - started,
+        "update_seconds": ended - sampled,
+        "tokens_per_second": metrics["generated_tokens"] / (ended - started),
+    }
+    return metrics, list(zip(groups, judged, strict=True))
+
+
+def _means(
+    world: World,
+    config: Config,
+    groups: Sequence[Group],
+    judged: Sequence[Sequence[JudgedRollout]],
+    sums: torch.Tensor,
+    largest_gap: float,
+) -> dict[str, float]:
+    """The step's numbers over all ranks."""
+    outcomes = [outcome for each in judged for outcome in each]
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    rewards = [reward for group in groups for reward in group.rewards]
+    failed = [o for o, reward in zip(outcomes, rewards, strict=True) if not reward]
+    counts = torch.tensor(
+        [
+            len(rollouts),
+            sum(rewards),
+            sum(outcome.peer is not None for outcome in outcomes),
+            sum(outcome.peer is not None for outcome in failed),
+            sum(len(rollout.token_ids) for rollout in rollouts),
+            sum(rollout.finish_reason == "length" for rollout in rollouts),
+            sum(outcome.peer_truncated_tokens > 0 for outcome in outcomes),
+            sum(outcome.special_tokens_removed for outcome in outcomes),
+        ],
+        dtype=torch.float64,
+    )
+    world.sum_(counts)
+    gaps = torch.zeros(world.size, dtype=torch.float64)
+    gaps[world.rank] = largest_gap
+    world.sum_(gaps)
+    total = dict(zip(SUMS, world.sum_(sums).tolist(), strict=True))
+    count, correct, with_peer, covered, tokens, cut, truncated, removed = counts.tolist()
+    weight, trained = max(total["weight"], 1e-30), max(total["tokens"], 1.0)
+    return {
+        "reward": correct / count,
+        "loss": total["loss"],
+        "kl": total["kl"] / weight,
+        "ref_kl": total["ref_kl"] / weight,
+        "ref_share": config.objective.ref_coef * total["ref_kl"] / max(total["kl"], 1e-30),
+        "entropy": total["entropy"] / weight,
+        "weight": total["weight"],
+        "top1_agree": total["teacher_agrees"] / trained,
+        "peer_share": with_peer / count,
+        "failed_with_peer_share": covered / count,
+        "response_length": tokens / count,
+        "cut_share": cut / count,
+        "peers_truncated": truncated,
+        "special_tokens_removed": removed,
+        "generated_tokens": tokens,
+        "trained_tokens": total["tokens"],
+        "engine_gap_mean": total["gap"] / trained,
+        "engine_gap_max": float(gaps.max()),
+    }
+
+
+def question_stream(questions: Sequence[Question], seed: int) -> Iterator[Question]:
+    """Questions in a shuffled order, epoch after epoch."""
+    epoch = 0
+    while True:
+        order = list(questions)
+        random.Random(f"questions/{seed}/{epoch}").shuffle(order)
+        yield from order
+        epoch += 1
+
+
+def _measure(trainer: Trainer, step: int, run: RunFolder | None) -> Evaluation:
+    """Accuracy on the evaluation split, recorded."""
+    config = trainer.config
+    started = time.perf_counter()
+    result = evaluate(
+        trainer.engine,
+        trainer.tokenizer,
+        trainer.contexts,
+        getattr(trainer.task, config.evaluation.split),
+        trainer.task.verify,
+        sampling=trainer.sampling,
+        samples=config.evaluation.samples,
+        seed=config.seed,
+        world=trainer.world,
+        shown=config.show_samples,
+    )
+    if run:
+        run.metrics(
+            "evaluation",
+            step,
+            {
+                "split": config.evaluation.split,
+                "samples": config.evaluation.samples,
+                "questions": len(result.correct),
+                "avg": result.average,
+                "avg_interval": result.average_interval,
+                "pass": result.any_correct,
+                "pass_interval": result.any_correct_interval,
+                "correct_per_question": result.correct.sum(1).tolist(),
+                "seconds": time.perf_counter() - started,
+            },
+        )
+    return result
+
+
+def train(config: Config, world: World, console: Console) -> None:
+    """A whole run: evaluation, steps, evaluation; what it leaves is in its folder."""
+    path = config.run_dir or Path("runs") / "run"
+    if config.rollout.top_p < 1:
+        console.print("[yellow]rollout.top_p < 1: peers are no exact samples of the policy")
+    run = RunFolder(path, config) if world.is_main else None
+    try:
+        trainer = prepare(config, world, console)
+        _steps(trainer, run, console)
+    finally:
+        if run:
+            run.close()
+            console.print(f"run folder: {path}")
+
+
+def _steps(trainer: Trainer, run: RunFolder | None, console: Console) -> None:
+    config, world = trainer.config, trainer.world
+    console.print("evaluating before HSD ...")
+    evaluations = [("before", _measure(trainer, 0, run))]
+    console.print(sample_table(evaluations[0][1].samples, title="samples before HSD"))
+    stream = question_stream(trainer.task.train, config.seed)
+    done = 0
+    try:
+        with StepProgress(console, steps=config.steps, label="HSD") as progress:
+            for step in range(config.steps):
+                questions = [next(stream) for _ in range(config.rollout.questions_per_step)]
+                metrics, judged = train_step(trainer, world.share(questions), step)
+                done = step + 1
+                progress.advance(metrics, step=done)
+                if run:
+                    run.metrics("step", done, metrics)
+                    for group, outcomes in judged:
+                        run.rollouts(done, group, outcomes)
+                every, last = config.evaluation.every, done == config.steps
+                if every and done % every == 0 and not last:
+                    evaluations.append((f"step {done}", _measure(trainer, done, run)))
+                if run and config.checkpoint_every and done % config.checkpoint_every == 0:
+                    run.checkpoint(trainer.policy.model, trainer.tokenizer)
+    finally:
+        # An interrupt, too, leaves the weights as they are now.
+        if run:
+            run.checkpoint(trainer.policy.model, trainer.tokenizer)
+    console.print("evaluating after HSD ...")
+    evaluations.append(("after", _measure(trainer, done, run)))
+    console.print(sample_table(evaluations[-1][1].samples, title="samples after HSD"))
+    _report(config, evaluations, console)
+
+
+def _report(config: Config, evaluations: list[tuple[str, Evaluation]], console: Console) -> None:
+    title = f"{config.evaluation.split} accuracy (95 % intervals over questions)"
+    console.print(accuracy_table(evaluations, title=title))
+    change, interval = gain(evaluations[0][1], evaluations[-1][1])
+    console.print(
+        f"change of avg@{config.evaluation.samples} over HSD: {change:+.3f} ± {interval:.3f}"
+    )
+
+
+def main(argv: list[str]) -> int:
+    """`hsd train RECIPE ...`; returns the exit code."""
+    config, dry_run = parse_arguments(argv, prog="hsd train")
+    shown = json.dumps(to_dict(config), indent=2)
+    if dry_run:
+        print(shown)
+        return 0
+    world = join_world()
+    console = Console(quiet=not world.is_main)
+    console.print_json(shown)
+    try:
+        train(config, world, console)
+    except KeyboardInterrupt:
+        console.print("interrupted: the run folder holds the checkpoint and all metrics so far")
+        return 130
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    finally:
+        leave_world(world)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

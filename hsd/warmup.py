@@ -1,0 +1,136 @@
+"""Supervised steps on worked solutions, for base models that cannot use a hint yet.
+
+The result is cached by everything that determines it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from torch.nn.functional import cross_entropy, linear
+from transformers import AutoModelForCausalLM
+
+from hsd import __version__
+from hsd.config import Config, OptimizerConfig
+from hsd.data.contexts import ContextBuilder, ContextConfig
+from hsd.data.questions import Question
+from hsd.data.templates import load_template
+from hsd.metrics import StepProgress
+from hsd.policy.head import OutputHead, response_hidden
+from hsd.policy.load import cache_directory, save_policy
+from hsd.policy.optimizer import adamw, clipped_step, learning_rate
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_RATE_WARMUP_STEPS = 3
+
+
+def warm_up(
+    config: Config,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    head: OutputHead,
+    questions: Sequence[Question],
+    *,
+    compute_dtype: torch.dtype,
+    console: Console,
+) -> None:
+    """Trains `model` in place, or takes the weights of an earlier run with the same settings.
+
+    Hints are shown in the run's template, whatever the run's teacher sees: runs that differ in
+    their objective alone start from the same weights.
+
+    Raises:
+        ValueError: a question has no worked solution.
+    """
+    missing = next((question.id for question in questions if question.solution is None), None)
+    if missing is not None:
+        raise ValueError(
+            f"warmup.steps: question {missing!r} has no solution, expected one in each"
+        )
+    path = cache_directory() / "warmup" / _key(config, questions, compute_dtype)
+    if path.exists():
+        console.print(f"warm-up: cached weights of {config.warmup.steps} steps")
+        cached: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model.load_state_dict(cached.state_dict())
+        return
+    contexts = ContextBuilder(tokenizer, ContextConfig(template=config.context.template))
+    rate = OptimizerConfig(
+        learning_rate=config.warmup.learning_rate, warmup_steps=_RATE_WARMUP_STEPS
+    )
+    optimizer = adamw(model.parameters(), rate.learning_rate)
+    rng = random.Random(f"warmup/{config.seed}")
+    order = rng.sample(range(len(questions)), len(questions))
+    with StepProgress(console, steps=config.warmup.steps, label="warm-up") as progress:
+        for step in range(config.warmup.steps):
+            first = step * config.warmup.batch_size
+            chosen = [
+                questions[order[(first + i) % len(order)]] for i in range(config.warmup.batch_size)
+            ]
+            loss = _supervised_loss(model, tokenizer, head, contexts, chosen, compute_dtype)
+            loss.backward()  # type: ignore[no-untyped-call]
+            clipped_step(
+                optimizer,
+                model.parameters(),
+                learning_rate=learning_rate(rate, step=step, steps=config.warmup.steps),
+                max_grad_norm=config.optimizer.max_grad_norm,
+            )
+            progress.advance({"loss": float(loss)}, step=step)
+    save_policy(model, tokenizer, path)
+
+
+def _supervised_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    head: OutputHead,
+    contexts: ContextBuilder,
+    questions: Sequence[Question],
+    compute_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Mean cross-entropy of the solutions: of four prompts two plain, two with a hint."""
+    prompts, responses = [], []
+    for position, question in enumerate(questions):
+        solution = question.solution or ""
+        shown = {1: None, 3: solution}.get(position % 4)
+        hint = contexts.teacher(question, peer_text=shown) if position % 2 else None
+        prompts.append(hint.token_ids if hint else contexts.student(question))
+        encoded: list[int] = tokenizer(solution, add_special_tokens=False)["input_ids"]
+        responses.append([*encoded, tokenizer.eos_token_id])
+    hidden = response_hidden(model, prompts, responses, compute_dtype=compute_dtype)
+    logits = linear(hidden, head.weight, head.bias) * head.logit_scale
+    if head.logit_softcap is not None:
+        logits = head.logit_softcap * torch.tanh(logits / head.logit_softcap)
+    targets = torch.tensor([token for response in responses for token in response])
+    return cross_entropy(logits, targets.to(logits.device))
+
+
+def _key(config: Config, questions: Sequence[Question], compute_dtype: torch.dtype) -> str:
+    """Everything that the warmed-up weights depend on, hashed."""
+    parts = {
+        "version": __version__,
+        "torch": torch.__version__,
+        "model": _identity(config.model.name),
+        "compute_dtype": str(compute_dtype),
+        "warmup": dataclasses.asdict(config.warmup),
+        "template": dataclasses.asdict(load_template(config.context.template)),
+        "max_grad_norm": config.optimizer.max_grad_norm,
+        "seed": config.seed,
+        "questions": [[q.prompt, q.answer, q.solution] for q in questions],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _identity(name: str) -> list[object]:
+    """A model's name, and for a directory what changes when its files do."""
+    files = sorted(Path(name).glob("*")) if Path(name).is_dir() else []
+    return [name, *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
