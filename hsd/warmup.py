@@ -64,7 +64,9 @@ def warm_up(
         cached: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         model.load_state_dict(cached.state_dict())
         return
-    contexts = ContextBuilder(tokenizer, ContextConfig(template=config.context.template))
+    contexts = ContextBuilder(
+        tokenizer, ContextConfig(template=config.context.template, system=config.context.system)
+    )
     rate = OptimizerConfig(
         learning_rate=config.warmup.learning_rate, warmup_steps=_RATE_WARMUP_STEPS
     )
@@ -123,6 +125,7 @@ def _key(config: Config, questions: Sequence[Question], compute_dtype: torch.dty
         "compute_dtype": str(compute_dtype),
         "warmup": dataclasses.asdict(config.warmup),
         "template": dataclasses.asdict(load_template(config.context.template)),
+        "system": config.context.system,
         "max_grad_norm": config.optimizer.max_grad_norm,
         "seed": config.seed,
         "questions": [[q.prompt, q.answer, q.solution] for q in questions],

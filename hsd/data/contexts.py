@@ -29,6 +29,7 @@ class ContextConfig:
 
     Args:
         template: name of a template in templates.toml.
+        system: the system message of both sides; None leaves it to the chat template.
         show_answer: show the correct final answer.
         show_peer: show a successful peer.
         fallback: what a rollout without a successful peer gets where peers are shown: the answer
@@ -38,6 +39,7 @@ class ContextConfig:
     """
 
     template: str = "default"
+    system: str | None = None
     show_answer: bool = True
     show_peer: bool = True
     fallback: Literal["answer", "skip"] = "answer"
@@ -147,11 +149,18 @@ class ContextBuilder:
 
         A template is rendered around a stand-in, so no question can steer its conditions.
         """
+        system = self._config.system
         if self._tokenizer.chat_template is None:
+            if system is not None:
+                found = f"{system!r} for a model without a chat template"
+                raise ValueError(f"context.system: found {found}, expected none")
             return self._template.plain
         turn = "HSDUSERTURN"
+        messages = [] if system is None else [{"role": "system", "content": system}]
         rendered: Any = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": turn}], add_generation_prompt=True, tokenize=False
+            [*messages, {"role": "user", "content": turn}],
+            add_generation_prompt=True,
+            tokenize=False,
         )
         parts = str(rendered).split(turn)
         if len(parts) != 2:

@@ -19,6 +19,13 @@ from hsd_kernels.statistics import Coefficients, Row
 
 _LARGEST_ANCHORED_LOG_RATIO = 20.0  # nats; exp(20) keeps full relative precision in fp32
 _PLAIN_BLOCK_ELEMENTS = 1 << 21
+# Inductor would write values with many uses to (C, V) buffers; to recompute them from a row in
+# cache is twice as fast and needs no memory.
+_RECOMPUTE: dict[str, str | int | bool | Callable[..., Any]] = {
+    "realize_reads_threshold": 1000,
+    "realize_opcount_threshold": 10_000,
+    "realize_acc_reads_threshold": 10_000,
+}
 
 
 def _logits(spec: RowSpec, raw: Tensor, x: RowInputs, inverse_temperature: Tensor) -> Tensor:
@@ -241,4 +248,4 @@ def _fused(kernel: Callable[..., Tensor], spec: RowSpec) -> Callable[..., Tensor
     code = kernel.__code__.replace()
     fresh = types.FunctionType(code, kernel.__globals__, f"{kernel.__name__}_fused")
     bound: Callable[..., Tensor] = functools.partial(fresh, spec)
-    return torch.compile(bound, dynamic=True, fullgraph=True)
+    return torch.compile(bound, dynamic=True, fullgraph=True, options=_RECOMPUTE)

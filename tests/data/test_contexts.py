@@ -271,3 +271,23 @@ def test_a_tokenizer_without_offsets_is_refused() -> None:
 
     with pytest.raises(TypeError, match="tokenizer: found Slow, expected a fast one"):
         ContextBuilder(Slow(), ContextConfig())  # type: ignore[arg-type]
+
+
+def test_a_system_message_stands_on_both_sides(
+    chat_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    question = Question(id="1", prompt="Compute 1 + 2.", answer="3")
+    builder = ContextBuilder(chat_tokenizer, ContextConfig(system="Be brief."))
+    context = builder.teacher(question, peer_text="1 + 2 = 3.")
+    assert context is not None
+    for token_ids in (builder.student(question), context.token_ids):
+        text = str(chat_tokenizer.decode(token_ids))
+        assert text.count("Be brief.") == 1
+        assert "helpful AI assistant" not in text
+
+
+def test_a_system_message_without_a_chat_template_is_refused(
+    plain_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    with pytest.raises(ValueError, match=r"context\.system"):
+        ContextBuilder(plain_tokenizer, ContextConfig(system=""))
