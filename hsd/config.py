@@ -10,12 +10,13 @@ import dataclasses
 import io
 import itertools
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import pydantic
 import tyro
@@ -29,7 +30,12 @@ else:
     import tomli as tomllib
 
 
+Arguments = TypeVar("Arguments")
+
+
 def _require(name: str, value: object, condition: bool, expected: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}: found {value!r}, expected a finite number")
     if not condition:
         raise ValueError(f"{name}: found {value!r}, expected {expected}")
 
@@ -53,19 +59,21 @@ class ModelConfig:
 class WarmupConfig:
     """Supervised steps on worked solutions before HSD, for models that cannot use a hint yet.
 
-    Half of the prompts are plain; the others hold the answer, or the answer and the solution.
-
     Args:
         steps: 0 for none.
         batch_size: examples per step.
         learning_rate: AdamW's, constant after three steps of warm-up.
+        hint_share: of the prompts, those that hold the answer, or the answer and the solution in
+            the peer's place; the others are plain.
     """
 
     steps: int = 0
     batch_size: int = 24
     learning_rate: float = 3e-5
+    hint_share: float = 0.5
 
     def __post_init__(self) -> None:
+        _require("warmup.hint_share", self.hint_share, 0 <= self.hint_share <= 1, "0 to 1")
         _require("warmup.steps", self.steps, self.steps >= 0, "an integer >= 0")
         _require("warmup.batch_size", self.batch_size, self.batch_size >= 1, "an integer >= 1")
         _require("warmup.learning_rate", self.learning_rate, self.learning_rate > 0, "> 0")
@@ -110,7 +118,7 @@ class ObjectiveConfig:
         jsd_beta: the teacher's share of the mixture; jsd only.
         ref_coef: beta, the factor of KL(student || initial weights).
         window: tokens past the divergence from the peer that keep weight in a failed rollout; a
-            failed rollout without a peer then has none. None: the published form, all tokens.
+            failed rollout without a peer then has none. "none": the published form, all tokens.
         mask: "failures" leaves correct rollouts out.
         max_chunk_bytes: of logits held at one time; None is the library's default.
     """
@@ -119,7 +127,7 @@ class ObjectiveConfig:
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     jsd_beta: float = 0.5
     ref_coef: float = 1e-3
-    window: int | None = None
+    window: int | Literal["none"] = "none"
     mask: Literal["all", "failures"] = "all"
     max_chunk_bytes: int | None = None
 
@@ -132,7 +140,10 @@ class ObjectiveConfig:
             "objective.divergence = 'jsd' beside it",
         )
         _require("objective.ref_coef", self.ref_coef, self.ref_coef >= 0, ">= 0")
-        _require("objective.window", self.window, self.window is None or self.window >= 0, ">= 0")
+        window = self.window
+        _require("objective.window", window, window == "none" or window >= 0, ">= 0 or none")
+        chunk = self.max_chunk_bytes
+        _require("objective.max_chunk_bytes", chunk, chunk is None or chunk >= 1, ">= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,11 +246,11 @@ def config_from_dict(values: Mapping[str, Any], *, source: str) -> Config:
     adapter = pydantic.TypeAdapter(Config)
     try:
         # As JSON, strict validation still takes a string for a path and a list for a tuple.
-        return adapter.validate_json(json.dumps(values), strict=True, extra="forbid")
+        # A date of TOML, which no key takes, becomes a string.
+        text = json.dumps(values, default=str)
+        return adapter.validate_json(text, strict=True, extra="forbid")
     except pydantic.ValidationError as error:
         raise ValueError(f"{source}: {'; '.join(map(_fault, error.errors()))}") from None
-    except TypeError as error:  # a TOML date or time
-        raise ValueError(f"{source}: {error}") from None
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -268,26 +279,34 @@ def parse_arguments(argv: Sequence[str], *, prog: str) -> tuple[Config, bool]:
         recipe = load_recipe(path)
     except (ValueError, OSError) as error:
         fail(str(error))
-    config = _override(recipe, words[1:], prog=f"{prog} {path}")
+    config = parse_flags(Config, words[1:], prog=f"{prog} {path}", default=recipe)
     if config.run_dir is None:
         name = Path("runs") / f"{path.stem}-seed{config.seed}"
         config = dataclasses.replace(config, run_dir=_unused(name))
     return config, dry_run
 
 
-def _override(recipe: Config, words: Sequence[str], *, prog: str) -> Config:
+def parse_flags(
+    kind: type[Arguments], words: Sequence[str], *, prog: str, default: Arguments | None = None
+) -> Arguments:
+    """Command-line arguments as a dataclass; `default` holds what they leave out.
+
+    Exits with code 2 and one line on stderr where they are wrong, with 0 after --help.
+    """
+    options: Any = {"prog": prog, "args": words, "config": (tyro.conf.AvoidSubcommands,)}
+    if default is not None:
+        options["default"] = default
     if "-h" in words or "--help" in words:
-        return tyro.cli(tyro.conf.AvoidSubcommands[Config], prog=prog, default=recipe, args=words)
+        tyro.cli(kind, **options)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return tyro.cli(
-                tyro.conf.AvoidSubcommands[Config], prog=prog, default=recipe, args=words
-            )
+            parsed: Arguments = tyro.cli(kind, **options)
     except SystemExit:
-        # What stands in tyro's box before its first rule is the fault; the rest is help.
-        box = said.getvalue().split("\n", 1)[-1].split("────")[0]
-        fail(re.sub("[│╭╮╰╯]", " ", box))
+        # tyro's box holds a title, the fault and help, with rules between them.
+        box = re.sub("[│╭╮╰╯]", " ", said.getvalue())
+        fail(re.split("[─-]{9,}", f"{box}{'-' * 9}", maxsplit=2)[1])
+    return parsed
 
 
 def _unused(path: Path) -> Path:

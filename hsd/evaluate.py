@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from hsd.config import config_from_dict, fail
+from hsd.config import config_from_dict, fail, parse_flags
 from hsd.data.contexts import ContextBuilder
 from hsd.data.questions import Question
 from hsd.data.tasks import load_task
@@ -154,7 +154,7 @@ class EvalArguments:
 
 def main(argv: list[str]) -> int:
     """`hsd eval RUN ...`; returns the exit code."""
-    arguments = tyro.cli(EvalArguments, prog="hsd eval", args=argv)
+    arguments = parse_flags(EvalArguments, argv, prog="hsd eval")
     try:
         _evaluate_run(arguments)
     except (ValueError, OSError) as error:
@@ -182,6 +182,8 @@ def _evaluate_run(arguments: EvalArguments) -> None:
     if not resolved.is_file():
         raise FileNotFoundError(f"{resolved}: no such file, expected a run folder of hsd train")
     recorded = json.loads(resolved.read_text(encoding="utf-8"))
+    if not (isinstance(recorded, dict) and isinstance(recorded.get("config"), dict)):
+        raise ValueError(f"{resolved}: found no configuration, expected hsd train's file")
     config = config_from_dict(recorded["config"], source=str(resolved))
     checkpoint = arguments.run / "checkpoint"
     if arguments.model is None and not checkpoint.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -75,6 +76,15 @@ class RunFolder:
     def checkpoint(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Replaces the checkpoint, a directory for transformers' from_pretrained."""
         save_policy(model, tokenizer, self.path / "checkpoint")
+
+    def discard(self) -> None:
+        """Removes what the constructor made: a run that cannot start leaves nothing behind."""
+        self._metrics.close()
+        self._rollouts.close()
+        for name in ("config.json", "metrics.jsonl", "rollouts.jsonl"):
+            (self.path / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not ours, what else is in it
+            self.path.rmdir()
 
     def close(self) -> None:
         """Draws the curves and closes the files."""

@@ -73,18 +73,16 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
         raise ValueError(
             f"evaluation.split: found no question in {config.evaluation.split}, expected some"
         )
-    model, tokenizer = load_policy(config.model.name)
+    model, tokenizer = world.main_first(lambda: load_policy(config.model.name))
     contexts = ContextBuilder(tokenizer, config.context)
     dtype = compute_dtype(config.model.compute_dtype)
     head = output_head(model)
     if config.warmup.steps:
-        # One rank warms up; the others find the weights in the cache.
-        for turn in (world.is_main, not world.is_main):
-            if turn:
-                warm_up(
-                    config, model, tokenizer, head, task.train, compute_dtype=dtype, console=console
-                )
-            world.barrier()
+        world.main_first(
+            lambda: warm_up(
+                config, model, tokenizer, head, task.train, compute_dtype=dtype, console=console
+            )
+        )
     initial = copy.deepcopy(model).requires_grad_(False)
     initial_head = output_head(initial)
     live = config.objective.teacher == "live"
@@ -278,6 +276,11 @@ def train(config: Config, world: World, console: Console) -> None:
     run = RunFolder(path, config) if world.is_main else None
     try:
         trainer = prepare(config, world, console)
+    except BaseException:
+        if run:
+            run.discard()
+        raise
+    try:
         _steps(trainer, run, console)
     finally:
         if run:
@@ -287,12 +290,12 @@ def train(config: Config, world: World, console: Console) -> None:
 
 def _steps(trainer: Trainer, run: RunFolder | None, console: Console) -> None:
     config, world = trainer.config, trainer.world
-    console.print("evaluating before HSD ...")
-    evaluations = [("before", _measure(trainer, 0, run))]
-    console.print(sample_table(evaluations[0][1].samples, title="samples before HSD"))
     stream = question_stream(trainer.task.train, config.seed)
     done = 0
     try:
+        console.print("evaluating before HSD ...")
+        evaluations = [("before", _measure(trainer, 0, run))]
+        console.print(sample_table(evaluations[0][1].samples, title="samples before HSD"))
         with StepProgress(console, steps=config.steps, label="HSD") as progress:
             for step in range(config.steps):
                 questions = [next(stream) for _ in range(config.rollout.questions_per_step)]
@@ -340,7 +343,7 @@ def main(argv: list[str]) -> int:
     try:
         train(config, world, console)
     except KeyboardInterrupt:
-        console.print("interrupted: the run folder holds the checkpoint and all metrics so far")
+        console.print("interrupted")
         return 130
     except (ValueError, OSError) as error:
         fail(str(error))

@@ -79,7 +79,15 @@ def warm_up(
             chosen = [
                 questions[order[(first + i) % len(order)]] for i in range(config.warmup.batch_size)
             ]
-            loss = _supervised_loss(model, tokenizer, head, contexts, chosen, compute_dtype)
+            loss = _supervised_loss(
+                model,
+                tokenizer,
+                head,
+                contexts,
+                chosen,
+                config.warmup.hint_share,
+                compute_dtype,
+            )
             loss.backward()  # type: ignore[no-untyped-call]
             clipped_step(
                 optimizer,
@@ -87,7 +95,7 @@ def warm_up(
                 learning_rate=learning_rate(rate, step=step, steps=config.warmup.steps),
                 max_grad_norm=config.optimizer.max_grad_norm,
             )
-            progress.advance({"loss": float(loss)}, step=step)
+            progress.advance({"loss": float(loss.detach())}, step=step + 1)
     save_policy(model, tokenizer, path)
 
 
@@ -97,14 +105,18 @@ def _supervised_loss(
     head: OutputHead,
     contexts: ContextBuilder,
     questions: Sequence[Question],
+    hint_share: float,
     compute_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Mean cross-entropy of the solutions: of four prompts two plain, two with a hint."""
+    """Mean cross-entropy of the solutions; hints are in turn the answer, and answer and peer."""
     prompts, responses = [], []
-    for position, question in enumerate(questions):
+    hinted = 0
+    for position, question in enumerate(questions, start=1):
         solution = question.solution or ""
-        shown = {1: None, 3: solution}.get(position % 4)
-        hint = contexts.teacher(question, peer_text=shown) if position % 2 else None
+        hint = None
+        if hinted < round(position * hint_share):
+            hint = contexts.teacher(question, peer_text=solution if hinted % 2 else None)
+            hinted += 1
         prompts.append(hint.token_ids if hint else contexts.student(question))
         encoded: list[int] = tokenizer(solution, add_special_tokens=False)["input_ids"]
         responses.append([*encoded, tokenizer.eos_token_id])

@@ -99,7 +99,7 @@ def check(arguments: Mapping[str, Any]) -> Problem:
         )
     loss, jsd_beta = _loss(a, sides)
     return Problem(
-        student=student.reshape(count, -1),
+        student=student.reshape(count, student.shape[-1]),
         weight=weight[:vocab_size],
         bias=None if a["bias"] is None else a["bias"][:vocab_size],
         teacher=sides.get("teacher"),
@@ -211,7 +211,7 @@ def _side(name: str, a: Mapping[str, Any], student: Tensor, weight: Tensor, voca
         if rows < vocab:
             raise ValueError(f"{name}_weight: found {rows} rows, expected at least {vocab}")
     return Side(
-        hidden=hidden.reshape(-1, hidden.shape[-1]),
+        hidden=hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1]),
         weight=own[:vocab],
         bias=None if bias is None else bias[:vocab],
         shared_head=shared,
@@ -232,7 +232,7 @@ def _shaped(name: str, value: object, lead: torch.Size, device: torch.device) ->
     if tensor.device != device:
         raise ValueError(f"{name}: found device {tensor.device}, expected {device}")
     _constant(name, tensor)
-    return tensor.reshape(-1)
+    return tensor.flatten()
 
 
 def _per_token(

@@ -191,7 +191,7 @@ def _chunk(
     gradient, *copies = [x.student if i == 0 else x.student.clone() for i, x in enumerate(inputs)]
     for each, x, target, values in zip(passes, inputs, [gradient, *copies], computed, strict=True):
         own = {name: gradients[name] for name in each.statistics if name in gradients}
-        along = coefficients(own, values, jsd_beta=x.jsd_beta)
+        along = coefficients(own, values, jsd_complement=x.jsd_complement)
         mass = row_grad(each.spec, x._replace(student=target), values, along, fused=fused)
     for copy in copies:
         mass = gradient.add_(copy).abs().sum(-1)
@@ -288,6 +288,7 @@ def _row_inputs(problem: Problem, each: Pass, rows: Tensor, logits: list[Tensor]
         logit_scale=number(problem.logit_scale),
         softcap=number(problem.logit_softcap or 1.0),
         jsd_beta=number(problem.jsd_beta),
+        jsd_complement=number(1 - problem.jsd_beta),
     )
 
 

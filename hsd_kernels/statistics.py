@@ -20,8 +20,9 @@ statistic with respect to z is one element of a small basis:
 
 so that, for any loss,
 
-    dL/dz = p (c.p + c.log_p * log p + c.teacher * log p/q + c.reference * log p/r
-               + c.mixture * log p/m) + c.difference * (p - q) + c.target * (onehot(y) - p)
+    dL/dz = p (c.p + c.log_p * log p + c.teacher * (log p/q - L) + c.reference * (log p/r - R)
+               + c.mixture * (log p/m - KL(p,m))) + c.difference * (p - q)
+            + c.target * (onehot(y) - p)
 
 with seven scalars per token: `Coefficients`. The basis is written in *differences* (log p/q, p - q)
 and not in log p, log q, p and q: near the student the separate terms cancel to a few per mille of
@@ -66,6 +67,11 @@ class Row(IntEnum):
     REFERENCE_ANCHOR = 17
     REFERENCE_LOG_RATIO = 18
     REF_KL = 19
+    # sum p (log p/q - L), and the like for m and r: what rounding left of a mean that is zero. Where
+    # one token has nearly all of p, the gradient is smaller than the rounding of L itself.
+    REVERSE_RESIDUAL = 20
+    MIXTURE_RESIDUAL = 21
+    REFERENCE_RESIDUAL = 22
 
 
 DIFFERENTIABLE: Final = (
@@ -119,14 +125,14 @@ def named_statistics(rows: Tensor) -> dict[str, Tensor]:
 
 
 def coefficients(
-    gradients: Mapping[str, Tensor], rows: Tensor, *, jsd_beta: Tensor
+    gradients: Mapping[str, Tensor], rows: Tensor, *, jsd_complement: Tensor
 ) -> Coefficients:
     """Turns d loss / d statistic into the coordinates of dL/dz: the table above, line by line.
 
     Args:
         gradients: name -> (C,) d loss / d statistic; a name that is missing contributes nothing.
         rows: (len(Row), C) the statistics themselves.
-        jsd_beta: () the weight b of the teacher in the jsd mixture.
+        jsd_complement: () the weight 1 - b of the student in the jsd mixture.
     """
     zero = torch.zeros_like(rows[0])
 
@@ -137,13 +143,13 @@ def coefficients(
         # A statistic that was not computed is NaN; without a gradient it must not spread.
         return torch.where(gradient == 0, zero, gradient * mean)
 
-    mixture = (1 - jsd_beta) * gradient("jsd")
+    mixture = jsd_complement * gradient("jsd")
     return Coefficients(
         p=gradient("lse")
         - centre(gradient("entropy"), rows[Row.ENTROPY])
-        - centre(gradient("reverse_kl"), rows[Row.REVERSE_KL])
-        - centre(mixture, rows[Row.STUDENT_MIXTURE_KL])
-        - centre(gradient("ref_kl"), rows[Row.REF_KL]),
+        - centre(gradient("reverse_kl"), rows[Row.REVERSE_RESIDUAL])
+        - centre(mixture, rows[Row.MIXTURE_RESIDUAL])
+        - centre(gradient("ref_kl"), rows[Row.REFERENCE_RESIDUAL]),
         log_p=-gradient("entropy"),
         teacher=gradient("reverse_kl"),
         reference=gradient("ref_kl"),

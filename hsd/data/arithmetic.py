@@ -107,7 +107,7 @@ def _chain(kind: str, first: str, value: int, steps: list[tuple[str, int]]) -> Q
         id=f"{kind}:{expression.replace(' ', '')}",
         prompt=f"Compute {expression}.",
         answer=str(value),
-        solution=f"{', '.join(worked)}. The answer is {value}.",
+        solution=f"{', '.join(worked)}.",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -33,6 +33,15 @@ class World:
     def share(self, items: Sequence[Item]) -> list[Item]:
         """Every size-th item, from the rank's own on."""
         return list(items[self.rank :: self.size])
+
+    def main_first(self, action: Callable[[], Item]) -> Item:
+        """Runs `action` on the main rank, then on the others, which find its results cached."""
+        if not self.is_main:
+            self.barrier()
+        result = action()
+        if self.is_main:
+            self.barrier()
+        return result
 
     def barrier(self) -> None:
         if self.size > 1:

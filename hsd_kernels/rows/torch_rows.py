@@ -59,6 +59,11 @@ def _anchored(
     return (z - anchor[:, None]) - (u - u_max[:, None])
 
 
+def _expm1(x: Tensor) -> Tensor:
+    """exp(x) - 1 to a few ulp: torch.compile turns torch.expm1 into just that subtraction."""
+    return torch.tanh(x / 2) * (x.exp() + 1)
+
+
 def _lse(z: Tensor) -> tuple[Tensor, Tensor]:
     maximum = z.amax(-1)
     return maximum, (z - maximum[:, None]).exp().sum(-1).log()
@@ -75,7 +80,7 @@ def _log_ratio(
     # lse - lse loses once student and teacher are close.
     log_q = (u - u_max[:, None]) - u_log_sum[:, None]
     larger = (log_q + e.clamp(min=0)).clamp(max=60.0).exp()
-    excess = torch.copysign(larger * -torch.expm1(-e.abs()), e).sum(-1)
+    excess = torch.copysign(larger * -_expm1(-e.abs()), e).sum(-1)
     z_at_top = z.gather(-1, top).squeeze(-1)
     far = (lse - z_at_top) - u_log_sum
     near = far.abs() < _LARGEST_ANCHORED_LOG_RATIO
@@ -85,18 +90,30 @@ def _log_ratio(
 def _mass_difference(log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
     """p - q from log p - log q, without cancellation and without overflow."""
     larger = torch.maximum(log_p, log_q).exp()
-    return torch.copysign(larger * -torch.expm1(-log_ratio.abs()), log_ratio)
+    return torch.copysign(larger * -_expm1(-log_ratio.abs()), log_ratio)
 
 
-def _log_mixture_ratio(log_ratio: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """log m - log p and log m - log q for m = beta q + (1 - beta) p."""
-    e = torch.expm1(-log_ratio.abs())
-    student_larger = log_ratio >= 0
-    other = torch.log1p(torch.where(student_larger, beta, 1 - beta) * e)
+def _log_mixture_ratio(log_ratio: Tensor, x: RowInputs) -> tuple[Tensor, Tensor]:
+    """log m - log p and log m - log q for m = beta q + (1 - beta) p.
+
+    Formed from the side that weighs more: log m/p = log1p(beta expm1(log q/p)) for beta <= 1/2.
+    Then neither 1 + ... nor the step to the other side cancels, however small the other's weight.
+    """
+    student_heavier = x.jsd_beta <= x.jsd_complement
+    lighter = torch.minimum(x.jsd_beta, x.jsd_complement)
+    to_lighter = torch.where(student_heavier, -log_ratio, log_ratio)
+    bounded = to_lighter.clamp(max=60.0)
+    of_heavier = torch.log1p(lighter * _expm1(bounded)) + (to_lighter - bounded)
+    of_lighter = of_heavier - to_lighter
     return (
-        torch.where(student_larger, other, other - log_ratio),
-        torch.where(student_larger, other + log_ratio, other),
+        torch.where(student_heavier, of_heavier, of_lighter),
+        torch.where(student_heavier, of_lighter, of_heavier),
     )
+
+
+def _centred_mean(p: Tensor, values: Tensor, mean: Tensor) -> Tensor:
+    """(C,) sum p (values - mean): zero, but for the rounding of `mean` and of the values."""
+    return (p * (values - mean[:, None])).sum(-1)
 
 
 def _row_stats(spec: RowSpec, x: RowInputs) -> Tensor:
@@ -129,14 +146,16 @@ def _row_stats(spec: RowSpec, x: RowInputs) -> Tensor:
         if spec.forward_kl:
             rows[Row.FORWARD_KL] = (p_minus_q - q * log_ratio).sum(-1)
         if spec.reverse_kl:
-            rows[Row.REVERSE_KL] = (p * log_ratio - p_minus_q).sum(-1)
+            reverse_kl = (p * log_ratio - p_minus_q).sum(-1)
+            rows[Row.REVERSE_KL] = reverse_kl
+            rows[Row.REVERSE_RESIDUAL] = _centred_mean(p, log_ratio, reverse_kl)
         if spec.jsd:
-            b = x.jsd_beta
-            m_over_p, m_over_q = _log_mixture_ratio(log_ratio, b)
-            student_kl = -(p * m_over_p + b * p_minus_q).sum(-1)
-            teacher_kl = ((1 - b) * p_minus_q - q * m_over_q).sum(-1)
+            m_over_p, m_over_q = _log_mixture_ratio(log_ratio, x)
+            student_kl = -(p * m_over_p + x.jsd_beta * p_minus_q).sum(-1)
+            teacher_kl = (x.jsd_complement * p_minus_q - q * m_over_q).sum(-1)
             rows[Row.STUDENT_MIXTURE_KL] = student_kl
-            rows[Row.JSD] = b * teacher_kl + (1 - b) * student_kl
+            rows[Row.MIXTURE_RESIDUAL] = _centred_mean(p, -m_over_p, student_kl)
+            rows[Row.JSD] = x.jsd_beta * teacher_kl + x.jsd_complement * student_kl
 
     if x.reference is not None:
         w, difference = _other(spec, spec.reference, x, x.reference, z, x.inverse_temperature)
@@ -148,7 +167,9 @@ def _row_stats(spec: RowSpec, x: RowInputs) -> Tensor:
         rows[Row.REFERENCE_LOG_SUM] = w_log_sum
         rows[Row.REFERENCE_ANCHOR] = anchor
         rows[Row.REFERENCE_LOG_RATIO] = log_ratio_sum
-        rows[Row.REF_KL] = (p * log_ratio - _mass_difference(log_p, log_r, log_ratio)).sum(-1)
+        ref_kl = (p * log_ratio - _mass_difference(log_p, log_r, log_ratio)).sum(-1)
+        rows[Row.REF_KL] = ref_kl
+        rows[Row.REFERENCE_RESIDUAL] = _centred_mean(p, log_ratio, ref_kl)
 
     absent = torch.full_like(maximum, torch.nan)
     return torch.stack([rows.get(name, absent) for name in Row])
@@ -173,16 +194,18 @@ def _row_grad(spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coefficie
     if x.teacher is not None:
         u, difference = _other(spec, spec.teacher, x, x.teacher, z, x.teacher_inverse_temperature)
         log_ratio = _log_ratio_from(rows, z, u, difference, Row.TEACHER_MAX)
-        along_p = along_p + c.teacher * log_ratio
+        if spec.reverse_kl:
+            along_p = along_p + c.teacher * (log_ratio - rows[Row.REVERSE_KL][:, None])
         if spec.jsd:
-            along_p = along_p - c.mixture * _log_mixture_ratio(log_ratio, x.jsd_beta)[0]
+            p_over_m = -_log_mixture_ratio(log_ratio, x)[0]
+            along_p = along_p + c.mixture * (p_over_m - rows[Row.STUDENT_MIXTURE_KL][:, None])
         if spec.forward_kl:
             log_q = (u - rows[Row.TEACHER_MAX][:, None]) - rows[Row.TEACHER_LOG_SUM][:, None]
             gradient = c.difference * _mass_difference(log_p, log_q, log_ratio)
     if x.reference is not None:
         w, difference = _other(spec, spec.reference, x, x.reference, z, x.inverse_temperature)
         log_ratio = _log_ratio_from(rows, z, w, difference, Row.REFERENCE_MAX)
-        along_p = along_p + c.reference * log_ratio
+        along_p = along_p + c.reference * (log_ratio - rows[Row.REF_KL][:, None])
     gradient = gradient + p * along_p
     if x.targets is not None:
         columns = torch.arange(z.shape[-1], device=z.device)
@@ -247,5 +270,6 @@ def _fused(kernel: Callable[..., Tensor], spec: RowSpec) -> Callable[..., Tensor
     # Dynamo counts recompilations per code object: a fresh one for each specification.
     code = kernel.__code__.replace()
     fresh = types.FunctionType(code, kernel.__globals__, f"{kernel.__name__}_fused")
-    bound: Callable[..., Tensor] = functools.partial(fresh, spec)
-    return torch.compile(bound, dynamic=True, fullgraph=True, options=_RECOMPUTE)
+    # Bound outside: all partial objects that are compiled share one code object of torch's.
+    compiled = torch.compile(fresh, dynamic=True, fullgraph=True, options=_RECOMPUTE)
+    return functools.partial(compiled, spec)
