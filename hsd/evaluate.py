@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from hsd.config import config_from_dict, fail, parse_flags
+from hsd.config import Config, config_from_dict, fail, parse_flags
 from hsd.data.contexts import ContextBuilder
 from hsd.data.questions import Question
 from hsd.data.tasks import load_task
@@ -162,9 +163,16 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _evaluate_run(arguments: EvalArguments) -> None:
-    import json
+def _recorded_config(path: Path) -> Config:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, expected a run folder of hsd train")
+    try:
+        return config_from_dict(json.loads(path.read_bytes())["config"], source=str(path))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError):
+        raise ValueError(f"{path}: found no configuration, expected hsd train's file") from None
 
+
+def _evaluate_run(arguments: EvalArguments) -> None:
     from hsd.policy.load import load_policy
     from hsd.policy.precision import compute_dtype
     from hsd.rollout.hf import HfEngine
@@ -178,13 +186,7 @@ def _evaluate_run(arguments: EvalArguments) -> None:
             raise ValueError(f"{name}: found {value}, expected at least {lowest}")
     if arguments.temperature == 0 and arguments.samples != 1:
         raise ValueError(f"samples: found {arguments.samples}, expected 1 with temperature 0")
-    resolved = arguments.run / "config.json"
-    if not resolved.is_file():
-        raise FileNotFoundError(f"{resolved}: no such file, expected a run folder of hsd train")
-    recorded = json.loads(resolved.read_text(encoding="utf-8"))
-    if not (isinstance(recorded, dict) and isinstance(recorded.get("config"), dict)):
-        raise ValueError(f"{resolved}: found no configuration, expected hsd train's file")
-    config = config_from_dict(recorded["config"], source=str(resolved))
+    config = _recorded_config(arguments.run / "config.json")
     checkpoint = arguments.run / "checkpoint"
     if arguments.model is None and not checkpoint.is_dir():
         raise FileNotFoundError(f"{checkpoint}: no checkpoint in this run, expected one")

@@ -45,7 +45,10 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         ValueError: a line does not parse; names its number.
     """
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines(): JSON may hold other line separators of Unicode as they are.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line:
+            continue
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:

@@ -300,6 +300,7 @@ def _steps(trainer: Trainer, run: RunFolder | None, console: Console) -> None:
             for step in range(config.steps):
                 questions = [next(stream) for _ in range(config.rollout.questions_per_step)]
                 metrics, judged = train_step(trainer, world.share(questions), step)
+                judged = world.gather(judged)
                 done = step + 1
                 progress.advance(metrics, step=done)
                 if run:

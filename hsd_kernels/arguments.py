@@ -286,8 +286,13 @@ def _temperature(
         number = _number(name, value, positive=True)
         return student.new_full((math.prod(lead),), number, dtype=dtype)
     tensor = _per_token(name, value, lead, student.device, dtype)
-    if student.device.type == "cpu" and not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
-        raise ValueError(f"{name}: found a value that is not finite and > 0")
+    if student.device.type == "cpu":
+        bad = ~(torch.isfinite(tensor) & (tensor > 0))
+        if bad.any():
+            raise ValueError(
+                f"{name}: found {tensor[bad][0].item()} at token {bad.nonzero()[0].item()}, "
+                "expected finite numbers > 0"
+            )
     return tensor
 
 
@@ -313,9 +318,7 @@ def _chunk_bytes(value: object) -> int | None:
 def _loss(a: Mapping[str, Any], sides: Mapping[str, Side]) -> tuple[HsdLoss, float]:
     """The token loss of this call, and the jsd's beta."""
     divergence, scale, beta = _divergence(a)
-    low, high = a["clip_range"]
-    if _number("clip_range", low) < 0 or low > 1 or _number("clip_range", high) < 0:
-        raise ValueError(f"clip_range: found {(low, high)}, expected 0 <= low <= 1 and high >= 0")
+    low, high = _clip_range(a["clip_range"])
     cap = a["token_kl_cap"]
     loss = HsdLoss(
         divergence=divergence if "teacher" in sides else None,
@@ -325,7 +328,7 @@ def _loss(a: Mapping[str, Any], sides: Mapping[str, Side]) -> tuple[HsdLoss, flo
         pg_coef=_number("pg_coef", a["pg_coef"]),
         entropy_coef=_number("entropy_coef", a["entropy_coef"]),
         token_kl_cap=None if cap is None else _number("token_kl_cap", cap, positive=True),
-        clip_range=(float(low), float(high)),
+        clip_range=(low, high),
     )
     if not sides and a["advantages"] is None and loss.entropy_coef == 0:
         raise ValueError(
@@ -333,6 +336,15 @@ def _loss(a: Mapping[str, Any], sides: Mapping[str, Side]) -> tuple[HsdLoss, flo
             "expected at least one term"
         )
     return loss, beta
+
+
+def _clip_range(value: object) -> tuple[float, float]:
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"clip_range: found {value!r}, expected a pair (low, high)")
+    low, high = (_number("clip_range", bound) for bound in value)
+    if not 0 <= low <= 1 or high < 0:
+        raise ValueError(f"clip_range: found {(low, high)}, expected 0 <= low <= 1 and high >= 0")
+    return low, high
 
 
 def _divergence(a: Mapping[str, Any]) -> tuple[Divergence, float, float]:

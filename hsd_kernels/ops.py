@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hsd_kernels.pipeline import Schedule, solve
 from hsd_kernels.problem import Problem
@@ -57,8 +56,13 @@ class FusedLoss(torch.autograd.Function):
         return solution.loss, *constants
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # They would pass for constants, and a second derivative silently lack them.
+            raise RuntimeError(
+                "fused_hsd_loss: found create_graph=True, but its gradients are formed once and "
+                "cannot be differentiated again; expected backend='reference' for that"
+            )
         student_grad, weight_grad, bias_grad = ctx.saved_tensors
         shape, dtype = ctx.student
 

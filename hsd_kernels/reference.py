@@ -81,9 +81,12 @@ def divergences(log_p: Tensor, log_q: Tensor, *, beta: float) -> dict[str, Tenso
 
 def solve(problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss (), and every statistic (N,), with autograd through all of it."""
-    statistics = dense_statistics(problem)
     active = problem.active
-    per_token = problem.loss(statistics, problem.inputs)
+    # What is given for a row of weight zero may be anything, and 0 * NaN is NaN.
+    inputs = {name: torch.where(active, value, 0) for name, value in problem.inputs.items()}
+    with torch.autocast(problem.student.device.type, enabled=False):
+        statistics = dense_statistics(problem)
+        per_token = problem.loss(statistics, inputs)
     return torch.where(active, per_token, 0).sum(), statistics
 
 

@@ -67,8 +67,8 @@ class Row(IntEnum):
     REFERENCE_ANCHOR = 17
     REFERENCE_LOG_RATIO = 18
     REF_KL = 19
-    # sum p (log p/q - L), and the like for m and r: what rounding left of a mean that is zero. Where
-    # one token has nearly all of p, the gradient is smaller than the rounding of L itself.
+    # sum p (log p/q - L), and the like for m and r: what rounding leaves of a mean that is zero.
+    # Where one token has nearly all of p, the gradient is smaller than the rounding of L itself.
     REVERSE_RESIDUAL = 20
     MIXTURE_RESIDUAL = 21
     REFERENCE_RESIDUAL = 22

@@ -43,13 +43,15 @@ class HsdLoss:
         """(C,) w * (kl_coef w_kl KL + ref_coef w_ref R + pg_coef w_pg pg - entropy_coef H)."""
         total = torch.zeros_like(inputs["token_weights"])
         if self.divergence is not None and self.kl_coef != 0:
-            kl = self.divergence_scale * statistics[self.divergence]
+            weights = inputs.get("kl_weights")
+            kl = self.divergence_scale * _computed(statistics[self.divergence], weights)
             if self.token_kl_cap is not None:
                 kl = kl * (self.token_kl_cap / kl.detach().clamp(min=self.token_kl_cap))
-            total = total + self.kl_coef * _weighted(inputs.get("kl_weights"), kl)
+            total = total + self.kl_coef * _weighted(weights, kl)
         if self.ref_coef != 0:
-            ref_kl = _weighted(inputs.get("ref_weights"), statistics["ref_kl"])
-            total = total + self.ref_coef * ref_kl
+            weights = inputs.get("ref_weights")
+            ref_kl = _computed(statistics["ref_kl"], weights)
+            total = total + self.ref_coef * _weighted(weights, ref_kl)
         if "advantages" in inputs and self.pg_coef != 0:
             surrogate = clipped_policy_gradient(
                 statistics["logprob"],
@@ -63,11 +65,18 @@ class HsdLoss:
         return inputs["token_weights"] * total
 
 
-def _weighted(weights: Tensor | None, value: Tensor) -> Tensor:
-    """weights * value, where a row of weight zero may hold NaN (it was not computed)."""
+def _computed(statistic: Tensor, weights: Tensor | None) -> Tensor:
+    """Zero for the NaN of rows that were not computed, because their weight is zero.
+
+    Before any arithmetic: the derivative of what follows would be 0 * NaN.
+    """
     if weights is None:
-        return value
-    return torch.where(weights == 0, torch.zeros_like(value), weights * value)
+        return statistic
+    return torch.where(weights == 0, torch.zeros_like(statistic), statistic)
+
+
+def _weighted(weights: Tensor | None, value: Tensor) -> Tensor:
+    return value if weights is None else weights * value
 
 
 def clipped_policy_gradient(

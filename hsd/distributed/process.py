@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 Item = TypeVar("Item")
+_NOTHING: Any = object()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,15 @@ class World:
     def share(self, items: Sequence[Item]) -> list[Item]:
         """Every size-th item, from the rank's own on."""
         return list(items[self.rank :: self.size])
+
+    def gather(self, items: Sequence[Item]) -> list[Item]:
+        """The shares of all ranks, in the order of the whole that `share` dealt out."""
+        if self.size == 1:
+            return list(items)
+        shares: list[Any] = [None] * self.size
+        dist.all_gather_object(shares, list(items))
+        rounds = itertools.zip_longest(*shares, fillvalue=_NOTHING)
+        return [item for each in rounds for item in each if item is not _NOTHING]
 
     def main_first(self, action: Callable[[], Item]) -> Item:
         """Runs `action` on the main rank, then on the others, which find its results cached."""

@@ -48,7 +48,8 @@ def accumulate_gradients(
     micro-batches or ranks.
 
     Args:
-        temperature: of sampling; the engine's log-probs are compared at it.
+        temperature: of sampling. The policy that is sampled is the policy that is trained:
+            log-probs, both sides of the KLs and the engine's log-probs are all at it.
 
     Returns:
         sums in the order of `SUMS`, float64; and the largest gap between the engine's log-probs
@@ -98,7 +99,6 @@ def _micro_batch(
         logit_scale=head.logit_scale,
         logit_softcap=head.logit_softcap,
         temperature=temperature,
-        kl_temperature=1.0 if temperature != 1.0 else None,
         max_chunk_bytes=objective.max_chunk_bytes,
     )
     out.loss.backward()  # type: ignore[no-untyped-call]

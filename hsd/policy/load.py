@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -32,9 +33,12 @@ def load_policy(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path = _shipped(name) if name in SHIPPED else name
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path)
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        causal: Any = AutoModelForCausalLM
+        model, info = causal.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        if info["missing_keys"]:  # transformers would go on with random ones
+            raise ValueError(f"its files lack the weights {min(info['missing_keys'])}")
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"model.name: found {name!r}, expected a directory or hub name of a causal language "
             f"model, or {' or '.join(SHIPPED)} ({reason})"

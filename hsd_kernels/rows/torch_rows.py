@@ -17,7 +17,8 @@ from torch import Tensor
 from hsd_kernels.rows import RowInputs, RowSpec, Source
 from hsd_kernels.statistics import Coefficients, Row
 
-_LARGEST_ANCHORED_LOG_RATIO = 20.0  # nats; exp(20) keeps full relative precision in fp32
+# nats: where log sum q exp(e) is formed by log1p. Above, the sum overflows; below, it cancels.
+_ANCHORED_LOG_RATIO = (-3.0, 20.0)
 _PLAIN_BLOCK_ELEMENTS = 1 << 21
 # Inductor would write values with many uses to (C, V) buffers; to recompute them from a row in
 # cache is twice as fast and needs no memory.
@@ -83,7 +84,7 @@ def _log_ratio(
     excess = torch.copysign(larger * -_expm1(-e.abs()), e).sum(-1)
     z_at_top = z.gather(-1, top).squeeze(-1)
     far = (lse - z_at_top) - u_log_sum
-    near = far.abs() < _LARGEST_ANCHORED_LOG_RATIO
+    near = (far > _ANCHORED_LOG_RATIO[0]) & (far < _ANCHORED_LOG_RATIO[1])
     return anchor, torch.where(near, torch.log1p(excess), far), top.squeeze(-1)
 
 

@@ -1,0 +1,264 @@
+"""avg@k, pass@k and their intervals; `hsd eval`."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from hsd.data.contexts import ContextBuilder, ContextConfig
+from hsd.data.questions import Question
+from hsd.distributed.process import World
+from hsd.evaluate import Evaluation, accuracy_table, evaluate, gain, half_width
+from hsd.rollout.protocol import Rollout, Sampling
+
+RunHsd = Callable[..., int]
+
+
+def outcome(correct: Sequence[Sequence[int]]) -> Evaluation:
+    return Evaluation(correct=torch.tensor(correct).bool(), samples=[], tokens=0)
+
+
+def test_avg_and_pass_at_k() -> None:
+    result = outcome([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
+    assert result.average == pytest.approx((0.5 + 0.0 + 1.0 + 0.25) / 4)
+    assert result.any_correct == pytest.approx(3 / 4)
+
+
+def test_intervals_are_over_questions_not_samples() -> None:
+    result = outcome([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
+    mean = 1.75 / 4
+    variance = sum((share - mean) ** 2 for share in (0.5, 0.0, 1.0, 0.25)) / 3
+    assert result.average_interval == pytest.approx(1.96 * math.sqrt(variance / 4))
+    variance = (3 * 0.25**2 + 0.75**2) / 3
+    assert result.any_correct_interval == pytest.approx(1.96 * math.sqrt(variance / 4))
+
+
+def test_one_question_has_no_interval() -> None:
+    assert half_width(torch.ones(1)) == math.inf
+
+
+def test_gain_is_paired_by_question() -> None:
+    before = outcome([[0, 0], [1, 1], [0, 1]])
+    after = outcome([[0, 1], [1, 1], [1, 1]])
+    change, interval = gain(before, after)
+    assert change == pytest.approx((0.5 + 0.0 + 0.5) / 3)
+    variance = (2 * (0.5 - 1 / 3) ** 2 + (1 / 3) ** 2) / 2
+    assert interval == pytest.approx(1.96 * math.sqrt(variance / 3))
+
+
+def test_an_equal_change_of_every_question_is_certain() -> None:
+    change, interval = gain(outcome([[0, 0], [1, 0]]), outcome([[1, 0], [1, 1]]))
+    assert (change, interval) == (0.5, 0.0)
+
+
+def test_the_table_shows_both_with_their_intervals() -> None:
+    console = Console(width=100, record=True, quiet=False)
+    with console.capture() as shown:
+        console.print(accuracy_table([("before", outcome([[1, 0], [0, 0]]))], title="held-out"))
+    text = shown.get()
+    assert "avg@2" in text and "pass@2" in text
+    assert "0.250 ± 0.490" in text and "0.500 ± 0.980" in text
+
+
+class ScriptedEngine:
+    """Answers with the question's own number, but for a question's first `wrong` samples."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, wrong: int) -> None:
+        self._tokenizer, self._wrong = tokenizer, wrong
+        self.seeds: list[int] = []
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seeds: Sequence[int],
+        group_size: int,
+        sampling: Sampling,
+    ) -> list[list[Rollout]]:
+        self.seeds += seeds
+        groups = []
+        for prompt in prompts:
+            number = "".join(filter(str.isdigit, self._tokenizer.decode(prompt)))
+            texts = ["none" if i < self._wrong else number for i in range(group_size)]
+            groups.append([self._rollout(text) for text in texts])
+        return groups
+
+    def _rollout(self, text: str) -> Rollout:
+        ids = tuple(self._tokenizer(text)["input_ids"])
+        return Rollout(
+            token_ids=ids,
+            logprobs=(0.0,) * len(ids),
+            loss_mask=(True,) * len(ids),
+            finish_reason="stop",
+            policy_version=0,
+        )
+
+    def update_weights(self, model: Any, *, version: int) -> None:
+        raise NotImplementedError
+
+
+class OneOfTwo(World):
+    """A rank whose sums are its own share."""
+
+    def sum_(self, values: Tensor) -> Tensor:
+        return values
+
+
+@pytest.fixture
+def evaluated(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Evaluation]:
+    def run(
+        engine: ScriptedEngine, world: World, questions: int = 5, seed: int = 0, shown: int = 2
+    ) -> Evaluation:
+        return evaluate(
+            engine,
+            tokenizer,
+            ContextBuilder(tokenizer, ContextConfig()),
+            [Question(id=f"q{n}", prompt=f"Say {n}.", answer=str(n)) for n in range(questions)],
+            lambda question, text: text == question.answer,
+            sampling=Sampling(max_new_tokens=4),
+            samples=3,
+            seed=seed,
+            world=world,
+            shown=shown,
+        )
+
+    return run
+
+
+def test_every_sample_is_verified_against_its_own_question(
+    evaluated: Callable[..., Evaluation], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    result = evaluated(ScriptedEngine(tokenizer, wrong=1), World(rank=0, size=1))
+    assert result.correct.tolist() == [[False, True, True]] * 5
+    assert result.samples == [("Say 0.", "0", "none", False), ("Say 1.", "1", "none", False)]
+    assert result.tokens == 5 * (len("none") + 2)
+
+
+def test_samples_are_drawn_with_a_seed_of_the_run_and_the_question(
+    evaluated: Callable[..., Evaluation], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    seeds = []
+    for seed in (0, 0, 1):
+        engine = ScriptedEngine(tokenizer, wrong=0)
+        evaluated(engine, World(rank=0, size=1), seed=seed)
+        seeds.append(engine.seeds)
+    assert seeds[0] == seeds[1]
+    assert len({*seeds[0], *seeds[2]}) == 10
+
+
+def test_ranks_cover_the_questions_between_them(
+    evaluated: Callable[..., Evaluation], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    engines = [ScriptedEngine(tokenizer, wrong=0) for _ in range(2)]
+    shares = [
+        evaluated(engine, OneOfTwo(rank=rank, size=2)).correct
+        for rank, engine in enumerate(engines)
+    ]
+    assert [share.any(1).tolist() for share in shares] == [
+        [True, False, True, False, True],
+        [False, True, False, True, False],
+    ]
+    whole = ScriptedEngine(tokenizer, wrong=0)
+    evaluated(whole, World(rank=0, size=1))
+    assert sorted(engines[0].seeds + engines[1].seeds) == sorted(whole.seeds)
+
+
+def test_eval_repeats_the_last_evaluation_of_a_run(
+    trained_run: Path, run_hsd: RunHsd, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_hsd("eval", trained_run, "--samples", 2, "--show-samples", 1) == 0
+    out = capsys.readouterr().out
+    last = json.loads((trained_run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"{last['avg']:.3f} ± {last['avg_interval']:.3f}" in out
+    assert f"{last['pass']:.3f} ± {last['pass_interval']:.3f}" in out
+    assert "Draw 16." in out
+
+
+def test_eval_takes_another_model_split_and_limit(
+    trained_run: Path, model_directory: Path, run_hsd: RunHsd, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", model_directory, "--split", "train", "--limit", "3", "--temperature", "0"]
+    assert run_hsd("eval", trained_run, "--samples", "1", *flags) == 0
+    out = capsys.readouterr().out
+    assert "train questions, temperature 0" in out
+    assert " 3 │" in out and "0.000" in out
+
+
+def test_eval_leaves_the_run_as_it_is(trained_run: Path, run_hsd: RunHsd) -> None:
+    before = {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")}
+    assert run_hsd("eval", trained_run, "--samples", 1) == 0
+    assert {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--samples 0", "samples: found 0"),
+        ("--samples x", "--samples"),
+        ("--temperature -1", "temperature: found -1"),
+        ("--temperature 0", "samples: found 8"),
+        ("--limit 0", "limit: found 0"),
+        ("--split validation", "split: found no question in validation"),
+        ("--split test", "--split"),
+        ("--model /no/such/model", "'/no/such/model'"),
+    ],
+)
+def test_wrong_flags_of_eval_are_one_line(
+    flags: str,
+    named: str,
+    trained_run: Path,
+    run_hsd: RunHsd,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_hsd("eval", trained_run, *flags.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("hsd: error: ") and error.count("\n") == 1
+    assert named in error
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (None, "config.json: no such file"),
+        ("{", "config.json: found no configuration"),
+        ('{"config": 3}', "config.json: found no configuration"),
+        ("[]", "config.json: found no configuration"),
+        ('{"model_type": "llama"}', "config.json: found no configuration"),
+        ('{"config": {"stepps": 3}}', "config.json: stepps: unknown key"),
+        ('{"config": {}}', "checkpoint: no checkpoint in this run"),
+    ],
+)
+def test_a_folder_that_is_no_run_is_one_line(
+    content: str | None,
+    named: str,
+    tmp_path: Path,
+    run_hsd: RunHsd,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    assert run_hsd("eval", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("hsd: error: ") and error.count("\n") == 1
+    assert named in error
+
+
+def test_a_run_whose_questions_are_gone_is_one_line(
+    trained_run: Path, tmp_path: Path, run_hsd: RunHsd, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    recorded = json.loads((run / "config.json").read_text())
+    recorded["config"]["task"]["heldout"] = str(tmp_path / "gone.jsonl")
+    (run / "config.json").write_text(json.dumps(recorded))
+    assert run_hsd("eval", run) == 2
+    assert "gone.jsonl" in capsys.readouterr().err
