@@ -8,14 +8,25 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from hsd_kernels.checks import (
+    check_number,
+    check_tensor,
+    check_values,
+    columns_in_use,
+    constant,
+    head_rows,
+    hidden_states,
+    per_token,
+    same_kind,
+    target_ids,
+    temperatures,
+)
 from hsd_kernels.plan import Precision
 from hsd_kernels.problem import Problem, Side
 from hsd_kernels.statistics import DIVERGENCES
 from hsd_kernels.token_losses import Divergence, HsdLoss
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NOT_YET: Mapping[str, Any] = {
     "sparse_tolerance": None,
     "sparse_max_columns": None,
@@ -59,10 +70,10 @@ def check(arguments: Mapping[str, Any]) -> Problem:
         if given and a[needed] is None:
             raise ValueError(f"{name}: found a value, expected {needed} beside it")
 
-    student, weight = _hidden("student_hidden", a["student_hidden"]), a["weight"]
+    student, weight = hidden_states("student_hidden", a["student_hidden"]), a["weight"]
     lead = student.shape[:-1]
-    vocab_size = _head("weight", weight, student, "student_hidden", a["bias"], "bias")
-    vocab_size = _vocab_size(a["vocab_size"], vocab_size)
+    vocab_size = head_rows("weight", weight, student, "student_hidden", a["bias"], "bias")
+    vocab_size = columns_in_use(a["vocab_size"], vocab_size)
     sides = {
         name: _side(name, a, student, weight, vocab_size)
         for name in ("teacher", "ref")
@@ -71,7 +82,7 @@ def check(arguments: Mapping[str, Any]) -> Problem:
     compute = torch.float64 if student.dtype == torch.float64 else torch.float32
     count = math.prod(lead)
     inputs = {
-        name: _per_token(name, a[name], lead, student.device, compute)
+        name: per_token(name, a[name], lead, student.device, compute)
         for name in (
             "token_weights",
             "kl_weights",
@@ -84,17 +95,17 @@ def check(arguments: Mapping[str, Any]) -> Problem:
     }
     if "token_weights" not in inputs:
         inputs["token_weights"] = student.new_full((count,), 1 / max(count, 1), dtype=compute)
-    targets = _targets(a["targets"], lead, student.device)
+    targets = target_ids(a["targets"], lead, student.device)
     if student.device.type == "cpu" or a["validate"]:
-        _check_values(inputs, targets, vocab_size)
-    temperature = _temperature("temperature", a["temperature"], lead, student, compute)
+        check_values(inputs, targets, vocab_size)
+    temperature = temperatures("temperature", a["temperature"], lead, student, compute)
     kl_temperature, teacher_temperature = temperature, None
     if a["kl_temperature"] is not None:
         if not sides:
             raise ValueError("kl_temperature: found a value, expected teacher_hidden or ref_hidden")
-        kl_temperature = _temperature("kl_temperature", a["kl_temperature"], lead, student, compute)
+        kl_temperature = temperatures("kl_temperature", a["kl_temperature"], lead, student, compute)
     if a["teacher_temperature"] is not None:
-        teacher_temperature = _temperature(
+        teacher_temperature = temperatures(
             "teacher_temperature", a["teacher_temperature"], lead, student, compute
         )
     loss, jsd_beta = _loss(a, sides)
@@ -113,87 +124,27 @@ def check(arguments: Mapping[str, Any]) -> Problem:
         teacher_temperature=kl_temperature if teacher_temperature is None else teacher_temperature,
         one_temperature=a["kl_temperature"] is None,
         teacher_shares_temperature=teacher_temperature is None,
-        logit_scale=_number("logit_scale", a["logit_scale"]),
+        logit_scale=check_number("logit_scale", a["logit_scale"]),
         logit_softcap=None
         if a["logit_softcap"] is None
-        else _number("logit_softcap", a["logit_softcap"], positive=True),
+        else check_number("logit_softcap", a["logit_softcap"], positive=True),
         precision=_precision(a["precision"]),
         max_chunk_bytes=_chunk_bytes(a["max_chunk_bytes"]),
         compute_dtype=compute,
     )
 
 
-def _tensor(name: str, value: object) -> Tensor:
-    if isinstance(value, DTensor):
-        raise TypeError(
-            f"{name}: found a DTensor, expected a plain tensor; unshard it first "
-            "(FSDPModule.unshard() or .full_tensor())"
-        )
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: found {type(value).__name__}, expected a tensor")
-    return value
-
-
-def _hidden(name: str, value: object) -> Tensor:
-    hidden = _tensor(name, value)
-    if hidden.dtype not in _FLOATS:
-        raise TypeError(f"{name}: found {hidden.dtype}, expected one of {_names(_FLOATS)}")
-    if hidden.dim() < 2 or hidden.shape[-1] == 0:
-        raise ValueError(f"{name}: found shape {tuple(hidden.shape)}, expected (..., D), D > 0")
-    return hidden
-
-
-def _same(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    if value.device != other.device:
-        raise ValueError(
-            f"{name}: found device {value.device}, expected {other.device} as {other_name}"
-        )
-    if value.dtype != other.dtype:
-        raise TypeError(f"{name}: found {value.dtype}, expected {other.dtype} as {other_name}")
-
-
-def _head(
-    name: str, weight: object, hidden: Tensor, hidden_name: str, bias: object, bias_name: str
-) -> int:
-    """Checks a head against its hidden states; returns its number of rows."""
-    weight = _tensor(name, weight)
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
-        raise ValueError(
-            f"{name}: found shape {tuple(weight.shape)}, "
-            f"expected (V, {hidden.shape[-1]}) to match {hidden_name}"
-        )
-    _same(name, weight, hidden_name, hidden)
-    if bias is not None:
-        bias = _tensor(bias_name, bias)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(
-                f"{bias_name}: found shape {tuple(bias.shape)}, expected ({weight.shape[0]},)"
-            )
-        _same(bias_name, bias, hidden_name, hidden)
-    return weight.shape[0]
-
-
-def _vocab_size(vocab_size: object, rows: int) -> int:
-    if vocab_size is None:
-        return rows
-    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
-        raise TypeError(f"vocab_size: found {type(vocab_size).__name__}, expected an int or None")
-    if not 0 < vocab_size <= rows:
-        raise ValueError(f"vocab_size: found {vocab_size}, expected 1 to {rows}, rows of weight")
-    return vocab_size
-
-
 def _side(name: str, a: Mapping[str, Any], student: Tensor, weight: Tensor, vocab: int) -> Side:
     """The teacher's or the reference's hidden states and head."""
     hidden_name = f"{name}_hidden"
-    hidden = _hidden(hidden_name, a[hidden_name])
-    _constant(hidden_name, hidden)
+    hidden = hidden_states(hidden_name, a[hidden_name])
+    constant(hidden_name, hidden)
     if hidden.shape[:-1] != student.shape[:-1]:
         raise ValueError(
             f"{hidden_name}: found shape {tuple(hidden.shape)}, "
             f"expected {tuple(student.shape[:-1])} + (D,) as student_hidden"
         )
-    _same(hidden_name, hidden, "student_hidden", student)
+    same_kind(hidden_name, hidden, "student_hidden", student)
     own, bias = a[f"{name}_weight"], a[f"{name}_bias"]
     shared = own is None
     if shared:
@@ -206,8 +157,8 @@ def _side(name: str, a: Mapping[str, Any], student: Tensor, weight: Tensor, voca
     else:
         for label, value in ((f"{name}_weight", own), (f"{name}_bias", bias)):
             if value is not None:
-                _constant(label, _tensor(label, value))
-        rows = _head(f"{name}_weight", own, hidden, hidden_name, bias, f"{name}_bias")
+                constant(label, check_tensor(label, value))
+        rows = head_rows(f"{name}_weight", own, hidden, hidden_name, bias, f"{name}_bias")
         if rows < vocab:
             raise ValueError(f"{name}_weight: found {rows} rows, expected at least {vocab}")
     return Side(
@@ -216,84 +167,6 @@ def _side(name: str, a: Mapping[str, Any], student: Tensor, weight: Tensor, voca
         bias=None if bias is None else bias[:vocab],
         shared_head=shared,
     )
-
-
-def _constant(name: str, value: Tensor) -> None:
-    if value.requires_grad:
-        raise ValueError(
-            f"{name}: found requires_grad=True, expected a detached tensor; it gets no gradient"
-        )
-
-
-def _shaped(name: str, value: object, lead: torch.Size, device: torch.device) -> Tensor:
-    tensor = _tensor(name, value)
-    if tensor.shape != lead:
-        raise ValueError(f"{name}: found shape {tuple(tensor.shape)}, expected {tuple(lead)}")
-    if tensor.device != device:
-        raise ValueError(f"{name}: found device {tensor.device}, expected {device}")
-    _constant(name, tensor)
-    return tensor.flatten()
-
-
-def _per_token(
-    name: str, value: object, lead: torch.Size, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    tensor = _shaped(name, value, lead, device)
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name}: found {tensor.dtype}, expected a floating-point dtype")
-    return tensor.to(dtype)
-
-
-def _targets(value: object, lead: torch.Size, device: torch.device) -> Tensor | None:
-    if value is None:
-        return None
-    tensor = _shaped("targets", value, lead, device)
-    if tensor.dtype != torch.int64:
-        raise TypeError(f"targets: found {tensor.dtype}, expected torch.int64")
-    return tensor
-
-
-def _check_values(inputs: Mapping[str, Tensor], targets: Tensor | None, vocab_size: int) -> None:
-    active = inputs["token_weights"] != 0
-    for name, values in inputs.items():
-        bad = active & ~torch.isfinite(values)
-        if bad.any():
-            raise ValueError(
-                f"{name}: found {values[bad][0].item()} at token {bad.nonzero()[0].item()}, "
-                "expected finite values"
-            )
-    if targets is not None:
-        bad = active & ((targets < 0) | (targets >= vocab_size))
-        if bad.any():
-            raise ValueError(
-                f"targets: found {targets[bad][0].item()} at token {bad.nonzero()[0].item()}, "
-                f"expected 0 to {vocab_size - 1} (or token_weights 0 there)"
-            )
-
-
-def _number(name: str, value: object, *, positive: bool = False) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{name}: found {type(value).__name__}, expected a number")
-    if not math.isfinite(value) or (positive and value <= 0):
-        raise ValueError(f"{name}: found {value}, expected a finite number{' > 0' * positive}")
-    return float(value)
-
-
-def _temperature(
-    name: str, value: object, lead: torch.Size, student: Tensor, dtype: torch.dtype
-) -> Tensor:
-    if not isinstance(value, Tensor):
-        number = _number(name, value, positive=True)
-        return student.new_full((math.prod(lead),), number, dtype=dtype)
-    tensor = _per_token(name, value, lead, student.device, dtype)
-    if student.device.type == "cpu":
-        bad = ~(torch.isfinite(tensor) & (tensor > 0))
-        if bad.any():
-            raise ValueError(
-                f"{name}: found {tensor[bad][0].item()} at token {bad.nonzero()[0].item()}, "
-                "expected finite numbers > 0"
-            )
-    return tensor
 
 
 def _precision(value: object) -> Precision:
@@ -311,7 +184,7 @@ def _precision(value: object) -> Precision:
 def _chunk_bytes(value: object) -> int | None:
     if value is None:
         return None
-    number = _number("max_chunk_bytes", value, positive=True)
+    number = check_number("max_chunk_bytes", value, positive=True)
     return int(number)
 
 
@@ -323,11 +196,11 @@ def _loss(a: Mapping[str, Any], sides: Mapping[str, Side]) -> tuple[HsdLoss, flo
     loss = HsdLoss(
         divergence=divergence if "teacher" in sides else None,
         divergence_scale=scale,
-        kl_coef=_number("kl_coef", a["kl_coef"]),
-        ref_coef=_number("ref_coef", a["ref_coef"]),
-        pg_coef=_number("pg_coef", a["pg_coef"]),
-        entropy_coef=_number("entropy_coef", a["entropy_coef"]),
-        token_kl_cap=None if cap is None else _number("token_kl_cap", cap, positive=True),
+        kl_coef=check_number("kl_coef", a["kl_coef"]),
+        ref_coef=check_number("ref_coef", a["ref_coef"]),
+        pg_coef=check_number("pg_coef", a["pg_coef"]),
+        entropy_coef=check_number("entropy_coef", a["entropy_coef"]),
+        token_kl_cap=None if cap is None else check_number("token_kl_cap", cap, positive=True),
         clip_range=(low, high),
     )
     if not sides and a["advantages"] is None and loss.entropy_coef == 0:
@@ -341,7 +214,7 @@ def _loss(a: Mapping[str, Any], sides: Mapping[str, Side]) -> tuple[HsdLoss, flo
 def _clip_range(value: object) -> tuple[float, float]:
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise TypeError(f"clip_range: found {value!r}, expected a pair (low, high)")
-    low, high = (_number("clip_range", bound) for bound in value)
+    low, high = (check_number("clip_range", bound) for bound in value)
     if not 0 <= low <= 1 or high < 0:
         raise ValueError(f"clip_range: found {(low, high)}, expected 0 <= low <= 1 and high >= 0")
     return low, high
@@ -356,7 +229,7 @@ def _divergence(a: Mapping[str, Any]) -> tuple[Divergence, float, float]:
         raise ValueError(
             f"jsd_convention: found {convention!r}, expected 'gkd', 'interior' or 'scaled'"
         )
-    beta = _number("jsd_beta", beta)
+    beta = check_number("jsd_beta", beta)
     if name != "jsd":
         if beta != 0.5 or convention != "gkd":
             raise ValueError(f"jsd_beta, jsd_convention: expected divergence='jsd', found {name!r}")
@@ -370,7 +243,3 @@ def _divergence(a: Mapping[str, Any]) -> tuple[Divergence, float, float]:
             )
         return "forward_kl" if beta == 0 else "reverse_kl", 1.0, 0.5
     return name, 1 / (beta * (1 - beta)) if convention == "scaled" else 1.0, beta
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(dtype) for dtype in dtypes)

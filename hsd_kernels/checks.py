@@ -1,0 +1,154 @@
+"""Checks of single arguments; each error names the argument, what was found and what expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensor(name: str, value: object) -> Tensor:
+    if isinstance(value, DTensor):
+        raise TypeError(
+            f"{name}: found a DTensor, expected a plain tensor; unshard it first "
+            "(FSDPModule.unshard() or .full_tensor())"
+        )
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: found {type(value).__name__}, expected a tensor")
+    return value
+
+
+def hidden_states(name: str, value: object) -> Tensor:
+    hidden = check_tensor(name, value)
+    if hidden.dtype not in _FLOATS:
+        raise TypeError(f"{name}: found {hidden.dtype}, expected one of {_names(_FLOATS)}")
+    if hidden.dim() < 2 or hidden.shape[-1] == 0:
+        raise ValueError(f"{name}: found shape {tuple(hidden.shape)}, expected (..., D), D > 0")
+    return hidden
+
+
+def same_kind(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(
+            f"{name}: found device {value.device}, expected {other.device} as {other_name}"
+        )
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name}: found {value.dtype}, expected {other.dtype} as {other_name}")
+
+
+def head_rows(
+    name: str, weight: object, hidden: Tensor, hidden_name: str, bias: object, bias_name: str
+) -> int:
+    """Checks a head against its hidden states; returns its number of rows."""
+    weight = check_tensor(name, weight)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"{name}: found shape {tuple(weight.shape)}, "
+            f"expected (V, {hidden.shape[-1]}) to match {hidden_name}"
+        )
+    same_kind(name, weight, hidden_name, hidden)
+    if bias is not None:
+        bias = check_tensor(bias_name, bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{bias_name}: found shape {tuple(bias.shape)}, expected ({weight.shape[0]},)"
+            )
+        same_kind(bias_name, bias, hidden_name, hidden)
+    return weight.shape[0]
+
+
+def columns_in_use(vocab_size: object, rows: int) -> int:
+    if vocab_size is None:
+        return rows
+    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
+        raise TypeError(f"vocab_size: found {type(vocab_size).__name__}, expected an int or None")
+    if not 0 < vocab_size <= rows:
+        raise ValueError(f"vocab_size: found {vocab_size}, expected 1 to {rows}, rows of weight")
+    return vocab_size
+
+
+def constant(name: str, value: Tensor) -> None:
+    if value.requires_grad:
+        raise ValueError(
+            f"{name}: found requires_grad=True, expected a detached tensor; it gets no gradient"
+        )
+
+
+def shaped(name: str, value: object, lead: torch.Size, device: torch.device) -> Tensor:
+    tensor = check_tensor(name, value)
+    if tensor.shape != lead:
+        raise ValueError(f"{name}: found shape {tuple(tensor.shape)}, expected {tuple(lead)}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: found device {tensor.device}, expected {device}")
+    constant(name, tensor)
+    return tensor.flatten()
+
+
+def per_token(
+    name: str, value: object, lead: torch.Size, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    tensor = shaped(name, value, lead, device)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: found {tensor.dtype}, expected a floating-point dtype")
+    return tensor.to(dtype)
+
+
+def target_ids(value: object, lead: torch.Size, device: torch.device) -> Tensor | None:
+    if value is None:
+        return None
+    tensor = shaped("targets", value, lead, device)
+    if tensor.dtype != torch.int64:
+        raise TypeError(f"targets: found {tensor.dtype}, expected torch.int64")
+    return tensor
+
+
+def check_values(inputs: Mapping[str, Tensor], targets: Tensor | None, vocab_size: int) -> None:
+    active = inputs["token_weights"] != 0
+    for name, values in inputs.items():
+        bad = active & ~torch.isfinite(values)
+        if bad.any():
+            raise ValueError(
+                f"{name}: found {values[bad][0].item()} at token {bad.nonzero()[0].item()}, "
+                "expected finite values"
+            )
+    if targets is not None:
+        bad = active & ((targets < 0) | (targets >= vocab_size))
+        if bad.any():
+            raise ValueError(
+                f"targets: found {targets[bad][0].item()} at token {bad.nonzero()[0].item()}, "
+                f"expected 0 to {vocab_size - 1} (or token_weights 0 there)"
+            )
+
+
+def check_number(name: str, value: object, *, positive: bool = False) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name}: found {type(value).__name__}, expected a number")
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{name}: found {value}, expected a finite number{' > 0' * positive}")
+    return float(value)
+
+
+def temperatures(
+    name: str, value: object, lead: torch.Size, student: Tensor, dtype: torch.dtype
+) -> Tensor:
+    if not isinstance(value, Tensor):
+        number = check_number(name, value, positive=True)
+        return student.new_full((math.prod(lead),), number, dtype=dtype)
+    tensor = per_token(name, value, lead, student.device, dtype)
+    if student.device.type == "cpu":
+        bad = ~(torch.isfinite(tensor) & (tensor > 0))
+        if bad.any():
+            raise ValueError(
+                f"{name}: found {tensor[bad][0].item()} at token {bad.nonzero()[0].item()}, "
+                "expected finite numbers > 0"
+            )
+    return tensor
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype) for dtype in dtypes)
