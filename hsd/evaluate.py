@@ -15,13 +15,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from hsd.config import Config, config_from_dict, fail, parse_flags
+from hsd.config import Config
 from hsd.data.contexts import ContextBuilder
 from hsd.data.questions import Question
 from hsd.data.tasks import load_task
 from hsd.data.verify import Verifier
 from hsd.distributed.process import World
 from hsd.metrics import sample_table
+from hsd.recipe import config_from_dict, fail, parse_flags
 from hsd.rollout.protocol import RolloutEngine, Sampling, response_text, stream_seed
 
 if TYPE_CHECKING:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hsd.config import Config, to_dict
+from hsd.config import Config
 from hsd.metrics import JsonLines, read_json_lines, write_curves
 from hsd.objective.batch import Group, JudgedRollout
 from hsd.policy.load import save_policy
+from hsd.recipe import to_dict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from hsd.config import Config, fail, parse_arguments, to_dict
+from hsd.config import Config
 from hsd.data.contexts import ContextBuilder
 from hsd.data.questions import Question
 from hsd.data.tasks import Task, load_task
@@ -29,11 +29,13 @@ from hsd.distributed.process import World, join_world, leave_world
 from hsd.evaluate import Evaluation, accuracy_table, evaluate, gain
 from hsd.metrics import StepProgress, sample_table
 from hsd.objective.batch import Group, JudgedRollout, judge
-from hsd.objective.step import SUMS, Policy, accumulate_gradients
+from hsd.objective.measures import step_metrics
+from hsd.objective.step import Policy, accumulate_gradients
 from hsd.policy.head import output_head
 from hsd.policy.load import load_policy
 from hsd.policy.optimizer import adamw, clipped_step, learning_rate
 from hsd.policy.precision import compute_dtype
+from hsd.recipe import fail, parse_arguments, to_dict
 from hsd.rollout.hf import HfEngine
 from hsd.rollout.protocol import RolloutEngine, Sampling, response_text, stream_seed
 from hsd.run import RunFolder
@@ -157,7 +159,7 @@ def train_step(
     trainer.engine.update_weights(trainer.policy.model, version=step + 1)
     ended = time.perf_counter()
 
-    metrics = _means(world, config, groups, judged, sums, largest_gap)
+    metrics = step_metrics(world, config, groups, judged, sums, largest_gap)
     metrics |= {
         "grad_norm": norm,
         "learning_rate": rate,
@@ -166,61 +168,6 @@ def train_step(
         "tokens_per_second": metrics["generated_tokens"] / (ended - started),
     }
     return metrics, list(zip(groups, judged, strict=True))
-
-
-def _means(
-    world: World,
-    config: Config,
-    groups: Sequence[Group],
-    judged: Sequence[Sequence[JudgedRollout]],
-    sums: torch.Tensor,
-    largest_gap: float,
-) -> dict[str, float]:
-    """The step's numbers over all ranks."""
-    outcomes = [outcome for each in judged for outcome in each]
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    rewards = [reward for group in groups for reward in group.rewards]
-    failed = [o for o, reward in zip(outcomes, rewards, strict=True) if not reward]
-    counts = torch.tensor(
-        [
-            len(rollouts),
-            sum(rewards),
-            sum(outcome.peer is not None for outcome in outcomes),
-            sum(outcome.peer is not None for outcome in failed),
-            sum(len(rollout.token_ids) for rollout in rollouts),
-            sum(rollout.finish_reason == "length" for rollout in rollouts),
-            sum(outcome.peer_truncated_tokens > 0 for outcome in outcomes),
-            sum(outcome.special_tokens_removed for outcome in outcomes),
-        ],
-        dtype=torch.float64,
-    )
-    world.sum_(counts)
-    gaps = torch.zeros(world.size, dtype=torch.float64)
-    gaps[world.rank] = largest_gap
-    world.sum_(gaps)
-    total = dict(zip(SUMS, world.sum_(sums).tolist(), strict=True))
-    count, correct, with_peer, covered, tokens, cut, truncated, removed = counts.tolist()
-    weight, trained = max(total["weight"], 1e-30), max(total["tokens"], 1.0)
-    return {
-        "reward": correct / count,
-        "loss": total["loss"],
-        "kl": total["kl"] / weight,
-        "ref_kl": total["ref_kl"] / weight,
-        "ref_share": config.objective.ref_coef * total["ref_kl"] / max(total["kl"], 1e-30),
-        "entropy": total["entropy"] / weight,
-        "weight": total["weight"],
-        "top1_agree": total["teacher_agrees"] / trained,
-        "peer_share": with_peer / count,
-        "failed_with_peer_share": covered / count,
-        "response_length": tokens / count,
-        "cut_share": cut / count,
-        "peers_truncated": truncated,
-        "special_tokens_removed": removed,
-        "generated_tokens": tokens,
-        "trained_tokens": total["tokens"],
-        "engine_gap_mean": total["gap"] / trained,
-        "engine_gap_max": float(gaps.max()),
-    }
 
 
 def question_stream(questions: Sequence[Question], seed: int) -> Iterator[Question]:

@@ -13,9 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hsd_kernels.passes import (
+    Group,
+    as_difference,
+    chunk_passes,
+    merged_statistics,
+    row_inputs,
+)
 from hsd_kernels.plan import Plan, RowGroup, plan_groups
 from hsd_kernels.problem import Problem, Side
-from hsd_kernels.rows import RowInputs, RowSpec, Source
 from hsd_kernels.rows.torch_rows import compiler_found, row_grad, row_stats
 from hsd_kernels.statistics import DIFFERENTIABLE, Row, coefficients, named_statistics
 
@@ -40,18 +46,6 @@ class Wanted(NamedTuple):
     bias: bool
 
 
-class Group(NamedTuple):
-    """Rows that need the same sides."""
-
-    rows: Tensor  # (n,) int64, ascending
-    teacher: Side | None
-    reference: Side | None
-
-    @property
-    def sides(self) -> int:
-        return 1 + (self.teacher is not None) + (self.reference is not None)
-
-
 class Schedule(NamedTuple):
     """Which rows run with what, and the plan that follows from it."""
 
@@ -66,14 +60,6 @@ class Heads(NamedTuple):
     student: Tensor  # (V, D)
     teacher: Tensor
     reference: Tensor
-
-
-class Pass(NamedTuple):
-    """One reading of a chunk at one temperature; the KLs may have one of their own."""
-
-    spec: RowSpec
-    temperature: Tensor  # (N,)
-    statistics: tuple[str, ...]  # the differentiable statistics that this pass provides
 
 
 def make_schedule(problem: Problem, wanted: Wanted) -> Schedule:
@@ -174,11 +160,11 @@ def _chunk(
     hidden = problem.student[rows].detach().to(problem.compute_dtype)
     logits = _logits(problem, group, rows, hidden, heads, buffers)
     wanted, fused = any(schedule.wanted), schedule.plan.fused
-    passes = _passes(problem, group)
-    inputs = [_row_inputs(problem, each, rows, logits) for each in passes]
+    passes = chunk_passes(problem, group)
+    inputs = [row_inputs(problem, each, rows, logits) for each in passes]
     computed = [row_stats(p.spec, x, fused=fused) for p, x in zip(passes, inputs, strict=True)]
 
-    statistics = _merge(computed)
+    statistics = merged_statistics(computed)
     token_inputs = {name: value[rows] for name, value in problem.inputs.items()}
     loss, gradients = _token_loss(problem, statistics, token_inputs, differentiate=wanted)
     solution.loss += loss
@@ -212,12 +198,12 @@ def _logits(
         if side is not None
     ]
     # In the buffer, differences come right after the student: they share its GEMM.
-    sides.sort(key=lambda pair: not _as_difference(problem, pair[0]))
+    sides.sort(key=lambda pair: not as_difference(problem, pair[0]))
     blocks = torch.split(buffers[: (1 + len(sides)) * count], count)
     stacked = [hidden]
     for (side, head), block in zip(sides, blocks[1:], strict=True):
         other = side.hidden[rows].to(problem.compute_dtype)
-        if _as_difference(problem, side):
+        if as_difference(problem, side):
             stacked.append(hidden - other)
             continue
         torch.mm(other, head.t(), out=block)
@@ -232,70 +218,6 @@ def _logits(
     order = {id(side): block for (side, _), block in zip(sides, blocks[1:], strict=True)}
     given = (side for side in (group.teacher, group.reference) if side is not None)
     return [blocks[0], *(order[id(side)] for side in given)]
-
-
-def _as_difference(problem: Problem, side: Side) -> bool:
-    return side.shared_head and problem.precision != "bf16_logits"
-
-
-def _passes(problem: Problem, group: Group) -> list[Pass]:
-    """One pass, or two where the KLs have a temperature of their own."""
-    policy = ("lse", "logprob", "entropy")
-    target = problem.targets is not None
-    divergence = problem.loss.divergence if group.teacher else None
-
-    def source(side: Side | None) -> Source:
-        if side is None:
-            return "absent"
-        return "difference" if _as_difference(problem, side) else "logits"
-
-    whole = RowSpec(
-        teacher=source(group.teacher),
-        reference=source(group.reference),
-        forward_kl=divergence == "forward_kl",
-        reverse_kl=divergence == "reverse_kl",
-        jsd=divergence == "jsd",
-        target=target,
-        softcap=problem.logit_softcap is not None,
-        same_temperature=problem.teacher_shares_temperature,
-    )
-    if problem.one_temperature or (group.teacher is None and group.reference is None):
-        return [Pass(whole, problem.temperature, DIFFERENTIABLE)]
-    plain = RowSpec(target=target, softcap=whole.softcap)
-    return [
-        Pass(plain, problem.temperature, policy),
-        Pass(
-            whole,
-            problem.kl_temperature,
-            tuple(name for name in DIFFERENTIABLE if name not in policy),
-        ),
-    ]
-
-
-def _row_inputs(problem: Problem, each: Pass, rows: Tensor, logits: list[Tensor]) -> RowInputs:
-    remaining = iter(logits)
-
-    def number(value: float) -> Tensor:
-        return torch.tensor(value, dtype=problem.compute_dtype, device=logits[0].device)
-
-    return RowInputs(
-        student=next(remaining),
-        teacher=next(remaining) if each.spec.teacher != "absent" else None,
-        reference=next(remaining) if each.spec.reference != "absent" else None,
-        targets=None if problem.targets is None else problem.targets[rows],
-        inverse_temperature=each.temperature[rows].reciprocal(),
-        teacher_inverse_temperature=problem.teacher_temperature[rows].reciprocal(),
-        logit_scale=number(problem.logit_scale),
-        softcap=number(problem.logit_softcap or 1.0),
-        jsd_beta=number(problem.jsd_beta),
-        jsd_complement=number(1 - problem.jsd_beta),
-    )
-
-
-def _merge(computed: list[Tensor]) -> dict[str, Tensor]:
-    """Statistics by name: log-probs and entropy of the first pass, KLs and teacher of the last."""
-    first, last = named_statistics(computed[0]), named_statistics(computed[-1])
-    return last | {name: first[name] for name in ("lse", "logprob", "entropy")}
 
 
 def _token_loss(

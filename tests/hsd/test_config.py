@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hsd.config import Config, config_from_dict, load_recipe, parse_arguments, to_dict
+from hsd.config import Config
 from hsd.data.tasks import JsonlTask
+from hsd.recipe import config_from_dict, load_recipe, parse_arguments, to_dict
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("**/*.toml"))
 

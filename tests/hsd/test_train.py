@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hsd import train
-from hsd.config import config_from_dict, parse_arguments
 from hsd.metrics import JsonLines, read_json_lines
+from hsd.recipe import config_from_dict, parse_arguments
 from hsd.train import question_stream
 
 MakeRecipe = Callable[..., Path]

@@ -15,10 +15,11 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from hsd import warmup
-from hsd.config import Config, config_from_dict
+from hsd.config import Config
 from hsd.data.questions import Question
 from hsd.policy.head import output_head
 from hsd.policy.load import load_policy
+from hsd.recipe import config_from_dict
 from hsd.warmup import warm_up
 
 QUESTIONS = tuple(
