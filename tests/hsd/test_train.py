@@ -192,6 +192,19 @@ def test_the_same_seed_repeats_a_run_bit_by_bit_and_another_does_not(
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
+def test_the_seed_reaches_every_rollout(go: Callable[..., tuple[int, Path]]) -> None:
+    flags = ["--steps", 1, "--warmup.steps", 0, "--rollout.questions-per-step", 16]
+    first, other = (
+        {
+            (record["question"], record["index"]): record["token_ids"]
+            for record in rollouts(go("--seed", seed, *flags, name=f"seed{seed}")[1])
+        }
+        for seed in (0, 1)
+    )
+    assert first.keys() == other.keys()
+    assert not any(first[key] == other[key] for key in first)
+
+
 def test_neither_micro_batches_nor_generation_batches_change_a_run(
     go: Callable[..., tuple[int, Path]],
 ) -> None:
@@ -210,7 +223,8 @@ def test_a_control_without_context_stays_where_it_is(
     control = {"show_answer": False, "show_peer": False}
     _, run = go(context=control)
     assert [step["kl"] for step in steps(run)] == [0.0] * 3
-    assert [step["grad_norm"] for step in steps(run)] == [0.0] * 3
+    # GEMMs of different shapes round the reference's logits differently: not exactly zero.
+    assert max(step["grad_norm"] for step in steps(run)) < 1e-6
     first, *_, last = metrics(run)
     assert first["correct_per_question"] == last["correct_per_question"]
 
