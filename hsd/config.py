@@ -132,7 +132,7 @@ class OptimizerConfig:
 
     Args:
         learning_rate: its peak.
-        schedule: after the warm-up "constant", or "linear" decay to a tenth.
+        schedule: after the warm-up "constant", or "linear" decay toward a tenth.
         warmup_steps: of linear increase.
         max_grad_norm: gradients are clipped to it.
     """
