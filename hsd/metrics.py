@@ -135,8 +135,8 @@ def write_curves(path: Path, records: Sequence[Mapping[str, Any]], *, title: str
         axis.grid(alpha=0.3)
         if key == "reward" and evaluations:
             where = [r["step"] for r in evaluations]
-            axis.plot(where, [r["avg"] for r in evaluations], "s--", label="held-out avg@k")
-            axis.plot(where, [r["pass"] for r in evaluations], "^:", label="held-out pass@k")
+            axis.plot(where, [r["avg"] for r in evaluations], "s--", label="avg@k")
+            axis.plot(where, [r["pass"] for r in evaluations], "^:", label="pass@k")
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
