@@ -173,14 +173,17 @@ def _chunk(
     if not wanted:
         return
 
-    # row_grad overwrites the logits that it reads: a second pass gets its own.
-    gradient, *copies = [x.student if i == 0 else x.student.clone() for i, x in enumerate(inputs)]
-    for each, x, target, values in zip(passes, inputs, [gradient, *copies], computed, strict=True):
+    # Written in place; a second pass has a buffer of its own and goes first, to read the logits.
+    targets = [logits[0], *(torch.empty_like(logits[0]) for _ in passes[1:])]
+    for each, x, target, values in reversed(
+        list(zip(passes, inputs, targets, computed, strict=True))
+    ):
         own = {name: gradients[name] for name in each.statistics if name in gradients}
         along = coefficients(own, values, jsd_complement=x.jsd_complement)
-        mass = row_grad(each.spec, x._replace(student=target), values, along, fused=fused)
-    for copy in copies:
-        mass = gradient.add_(copy).abs().sum(-1)
+        mass = row_grad(each.spec, x, values, along, target, fused=fused)
+    gradient, *others = targets
+    for other in others:
+        mass = gradient.add_(other).abs().sum(-1)
     _accumulate(solution, gradient, mass, hidden, rows, heads)
 
 

@@ -18,15 +18,16 @@ statistic with respect to z is one element of a small basis:
     | jsd        | b KL(q,m) + (1-b) KL(p,m) | (1-b) p (log p - log m - KL(p,m))        |
     | ref_kl     | R = sum p (log p - log r) | p (log p - log r - R)                    |
 
-so that, for any loss,
+so that dL/dz of any loss is the sum of the last column, each line times d loss / d statistic:
+seven scalars per token, `Coefficients`. The brackets are formed as *differences* from the most
+likely token, never as log p minus a mean: near the student, and where one token has nearly all of
+the mass, the separate terms cancel to a few per mille of their size. With k the most likely token
+of the distribution that weighs the sum,
 
-    dL/dz = p (c.p + c.log_p * log p + c.teacher * (log p/q - L) + c.reference * (log p/r - R)
-               + c.mixture * (log p/m - KL(p,m))) + c.difference * (p - q)
-            + c.target * (onehot(y) - p)
-
-with seven scalars per token: `Coefficients`. The basis is written in *differences* (log p/q, p - q)
-and not in log p, log q, p and q: near the student the separate terms cancel to a few per mille of
-their size, and fp32 would keep two digits of the gradient.
+    log p + H          = (z - z_k) - E_p[z - z_k]
+    log p - log q - L  = E_p[e] - e,    e = (u - u_k) - (z - z_k),   and the like for r
+    log p - log m - KL = v - E_p[v],    v = log p/m - (log p/m)_k
+    p - q              = -p expm1(log q/p), or q expm1(log p/q), whichever has the smaller exponent
 """
 
 from __future__ import annotations
@@ -40,38 +41,34 @@ from torch import Tensor
 
 
 class Row(IntEnum):
-    """The layout of what `row_stats` returns: fp32, shape (len(Row), C), one line per statistic.
+    """The layout of finished statistics: fp32, shape (len(Row), C), one line per statistic.
 
-    What was not asked for is NaN. `*_ANCHOR` and `*_LOG_RATIO` carry the log-ratio to the gradient
-    pass at full precision: with k the other side's most likely token and
-    e = (z - z_k) - (u - u_k), LOG_RATIO = log sum q exp(e), and log p - log q = e - LOG_RATIO.
+    What was not asked for is NaN. `*_ANCHOR`, `*_MEAN` and FORWARD_LOG_RATIO are what `row_grad`
+    needs to form the brackets of the module docstring; see `hsd_kernels.rows.partials`.
     """
 
     MAX = 0  # max z
     LOG_SUM = 1  # lse - max
-    LOGPROB = 2
-    ENTROPY = 3
-    TEACHER_MAX = 4
-    TEACHER_LOG_SUM = 5
-    TEACHER_ANCHOR = 6  # z_k, or (z - u)_k where the difference itself was computed
-    TEACHER_LOG_RATIO = 7
-    TEACHER_LOGPROB = 8
-    TEACHER_ENTROPY = 9
-    TOP1_AGREE = 10  # 1 where student and teacher share their most likely token
-    FORWARD_KL = 11
-    REVERSE_KL = 12
-    JSD = 13
-    STUDENT_MIXTURE_KL = 14  # KL(p, m), which the gradient of jsd needs
-    REFERENCE_MAX = 15
-    REFERENCE_LOG_SUM = 16
-    REFERENCE_ANCHOR = 17
-    REFERENCE_LOG_RATIO = 18
+    LOGIT_MEAN = 2  # E_p[z - max]
+    LOGPROB = 3
+    ENTROPY = 4
+    TEACHER_MAX = 5
+    TEACHER_LOG_SUM = 6
+    TEACHER_LOGPROB = 7
+    TEACHER_ENTROPY = 8
+    TOP1_AGREE = 9  # 1 where student and teacher share their most likely token
+    FORWARD_KL = 10
+    FORWARD_ANCHOR = 11  # at the teacher's most likely token
+    FORWARD_LOG_RATIO = 12  # log E_q[exp e], so that log p/q = e - FORWARD_LOG_RATIO
+    REVERSE_KL = 13
+    REVERSE_ANCHOR = 14  # at the student's most likely token
+    REVERSE_MEAN = 15  # E_p[e]
+    JSD = 16
+    MIXTURE_ANCHOR = 17  # log p/m at the student's most likely token
+    MIXTURE_MEAN = 18  # E_p[v]
     REF_KL = 19
-    # sum p (log p/q - L), and the like for m and r: what rounding leaves of a mean that is zero.
-    # Where one token has nearly all of p, the gradient is smaller than the rounding of L itself.
-    REVERSE_RESIDUAL = 20
-    MIXTURE_RESIDUAL = 21
-    REFERENCE_RESIDUAL = 22
+    REFERENCE_ANCHOR = 20
+    REFERENCE_MEAN = 21
 
 
 DIFFERENTIABLE: Final = (
@@ -89,15 +86,15 @@ DIVERGENCES: Final = ("forward_kl", "reverse_kl", "jsd")
 
 
 class Coefficients(NamedTuple):
-    """Coordinates of dL/dz in the basis of the module docstring; each fp32 of shape (C,)."""
+    """Coordinates of dL/dz: the factor of each line of the table; each fp32 of shape (C,)."""
 
-    p: Tensor
-    log_p: Tensor
-    teacher: Tensor
-    reference: Tensor
-    mixture: Tensor
-    difference: Tensor
-    target: Tensor
+    lse: Tensor
+    logprob: Tensor
+    entropy: Tensor
+    forward_kl: Tensor
+    reverse_kl: Tensor
+    jsd: Tensor  # of p (v - E_p[v]): d loss / d jsd times 1 - b
+    ref_kl: Tensor
 
 
 def named_statistics(rows: Tensor) -> dict[str, Tensor]:
@@ -127,7 +124,7 @@ def named_statistics(rows: Tensor) -> dict[str, Tensor]:
 def coefficients(
     gradients: Mapping[str, Tensor], rows: Tensor, *, jsd_complement: Tensor
 ) -> Coefficients:
-    """Turns d loss / d statistic into the coordinates of dL/dz: the table above, line by line.
+    """Turns d loss / d statistic into the coordinates of dL/dz.
 
     Args:
         gradients: name -> (C,) d loss / d statistic; a name that is missing contributes nothing.
@@ -135,25 +132,5 @@ def coefficients(
         jsd_complement: () the weight 1 - b of the student in the jsd mixture.
     """
     zero = torch.zeros_like(rows[0])
-
-    def gradient(name: str) -> Tensor:
-        return gradients.get(name, zero)
-
-    def centre(gradient: Tensor, mean: Tensor) -> Tensor:
-        # A statistic that was not computed is NaN; without a gradient it must not spread.
-        return torch.where(gradient == 0, zero, gradient * mean)
-
-    mixture = jsd_complement * gradient("jsd")
-    return Coefficients(
-        p=gradient("lse")
-        - centre(gradient("entropy"), rows[Row.ENTROPY])
-        - centre(gradient("reverse_kl"), rows[Row.REVERSE_RESIDUAL])
-        - centre(mixture, rows[Row.MIXTURE_RESIDUAL])
-        - centre(gradient("ref_kl"), rows[Row.REFERENCE_RESIDUAL]),
-        log_p=-gradient("entropy"),
-        teacher=gradient("reverse_kl"),
-        reference=gradient("ref_kl"),
-        mixture=mixture,
-        difference=gradient("forward_kl"),
-        target=gradient("logprob"),
-    )
+    named = {name: gradients.get(name, zero) for name in DIFFERENTIABLE}
+    return Coefficients(**{**named, "jsd": jsd_complement * named["jsd"]})

@@ -1,12 +1,15 @@
-"""The two row kernels and the contract they share.
+"""The row kernels and the contract they share.
 
-    row_stats(spec, logits, ...) -> (len(Row), C) fp32       reads the chunk
-    row_grad(spec, logits, rows, coefficients, ...) -> (C,)  writes dL/d(raw logits) over `student`
+    row_partials(spec, x)               -> (S, len(Partial), C)  reads the chunk; S parts of a row
+    row_mixture(spec, x, rows)          -> (S, 3, C)             reads it again; jsd only
+    row_grad(spec, x, rows, c, out)     -> (C,)                  writes dL/d(raw logits) to `out`
 
-Raw logits are the GEMM's output `x W^T + bias`; scale, softcap and temperature are applied in the
-kernels, and their chain rule in `row_grad`. A second model's row comes as its own raw logits or,
-where it shares the student's head, as the difference student - other, computed as one GEMM
-(x_student - x_other) W^T: its relative error does not grow with the size of the logits.
+Between them, on (C,) vectors: `partials.merge` and `partials.finish` make statistics (len(Row), C)
+of parts, `mixture.finish_mixture` adds jsd. Raw logits are the GEMM's output `x W^T + bias`; scale,
+softcap and temperature are applied in the kernels, and their chain rule in `row_grad`. A second
+model's row comes as its own raw logits or, where it shares the student's head, as the difference
+student - other, computed as one GEMM (x_student - x_other) W^T: its relative error does not grow
+with the size of the logits.
 """
 
 from __future__ import annotations
@@ -40,13 +43,18 @@ class RowSpec:
 class RowInputs(NamedTuple):
     """One chunk of rows. Optional tensors are None exactly where the `RowSpec` says absent."""
 
-    student: Tensor  # (C, V) raw logits; row_grad overwrites them with the gradient
+    student: Tensor  # (C, V) raw logits
     teacher: Tensor | None  # (C, V) raw logits, or raw student - teacher
     reference: Tensor | None  # (C, V) likewise
-    targets: Tensor | None  # (C,) int64
+    targets: Tensor | None  # (C,) int64; below 0: in another part of the row
     inverse_temperature: Tensor  # (C,)
     teacher_inverse_temperature: Tensor  # (C,)
     logit_scale: Tensor  # ()
     softcap: Tensor  # ()
     jsd_beta: Tensor  # ()
     jsd_complement: Tensor  # () 1 - beta, rounded once: near beta 1 fp32 cannot form it
+
+
+def known_difference(spec: RowSpec, source: Source, *, of_teacher: bool) -> bool:
+    """Whether the difference of the two sides' logits is the given difference times a factor."""
+    return source == "difference" and not spec.softcap and (spec.same_temperature or not of_teacher)

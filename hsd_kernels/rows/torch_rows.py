@@ -9,16 +9,26 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hsd_kernels.rows import RowInputs, RowSpec, Source
+from hsd_kernels.rows import RowInputs, RowSpec, Source, known_difference
+from hsd_kernels.rows.mixture import (
+    finish_mixture,
+    log_mixture_ratio,
+    mass_difference,
+    mixture_sums,
+)
+from hsd_kernels.rows.partials import Partial, excess, finish
 from hsd_kernels.statistics import Coefficients, Row
 
-# nats: where log sum q exp(e) is formed by log1p. Above, the sum overflows; below, it cancels.
-_ANCHORED_LOG_RATIO = (-3.0, 20.0)
+_SUM_OF = {  # the base's sum, by a pair's first line
+    Partial.FORWARD_ANCHOR: Partial.TEACHER_SUM,
+    Partial.REVERSE_ANCHOR: Partial.SUM,
+    Partial.REFERENCE_ANCHOR: Partial.SUM,
+}
 _PLAIN_BLOCK_ELEMENTS = 1 << 21
 # Inductor would write values with many uses to (C, V) buffers; to recompute them from a row in
 # cache is twice as fast and needs no memory.
@@ -36,209 +46,214 @@ def _logits(spec: RowSpec, raw: Tensor, x: RowInputs, inverse_temperature: Tenso
     return scaled * inverse_temperature[:, None]
 
 
-def _other(
-    spec: RowSpec, source: Source, x: RowInputs, raw: Tensor, z: Tensor, inverse_temperature: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Logits u (C, V) of the other side, and z - u where it is known better than by subtraction."""
-    if source == "difference":
-        if not spec.softcap and spec.same_temperature:
+class _Logits(NamedTuple):
+    """A chunk's logits, (C, V) each; a difference only where it is better than a subtraction."""
+
+    z: Tensor
+    u: Tensor | None  # the teacher's
+    z_minus_u: Tensor | None
+    w: Tensor | None  # the reference's
+    z_minus_w: Tensor | None
+
+
+def _chunk_logits(spec: RowSpec, x: RowInputs) -> _Logits:
+    z = _logits(spec, x.student, x, x.inverse_temperature)
+
+    def other(
+        source: Source, raw: Tensor | None, inverse_temperature: Tensor, *, of_teacher: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if raw is None:
+            return None, None
+        if known_difference(spec, source, of_teacher=of_teacher):
             difference = raw * (x.logit_scale * x.inverse_temperature[:, None])
             return z - difference, difference
-        raw = x.student - raw
-    return _logits(spec, raw, x, inverse_temperature), None
+        own = x.student - raw if source == "difference" else raw
+        return _logits(spec, own, x, inverse_temperature), None
+
+    u, z_minus_u = other(spec.teacher, x.teacher, x.teacher_inverse_temperature, of_teacher=True)
+    w, z_minus_w = other(spec.reference, x.reference, x.inverse_temperature, of_teacher=False)
+    return _Logits(z, u, z_minus_u, w, z_minus_w)
 
 
-def _anchored(
-    z: Tensor, u: Tensor, difference: Tensor | None, anchor: Tensor, u_max: Tensor
+def _step(
+    base: Tensor, base_max: Tensor, other: Tensor, difference: Tensor | None, anchor: Tensor
 ) -> Tensor:
-    """e = (z - z_k) - (u - u_k), (C, V); see `Row`.
+    """e = (y - y_k) - (x - x_k), (C, V), of base x and other y; `difference` is y - x if known.
 
     Each bracket is exact for the tokens that carry mass, whatever the offset of the logits.
     """
     if difference is not None:
         return difference - anchor[:, None]
-    return (z - anchor[:, None]) - (u - u_max[:, None])
+    return (other - anchor[:, None]) - (base - base_max[:, None])
 
 
-def _expm1(x: Tensor) -> Tensor:
-    """exp(x) - 1 to a few ulp: torch.compile turns torch.expm1 into just that subtraction."""
-    return torch.tanh(x / 2) * (x.exp() + 1)
+def _at(values: Tensor, columns: Tensor) -> Tensor:
+    """values (C, V) at one column per row (C, 1), as (C,)."""
+    return values.gather(-1, columns).squeeze(-1)
 
 
-def _lse(z: Tensor) -> tuple[Tensor, Tensor]:
-    maximum = z.amax(-1)
-    return maximum, (z - maximum[:, None]).exp().sum(-1).log()
+def _row_partials(spec: RowSpec, x: RowInputs) -> Tensor:
+    z, u, z_minus_u, w, z_minus_w = _chunk_logits(spec, x)
+    lines: dict[Partial, Tensor] = {}
+
+    def side(logits: Tensor, first: Partial, target: Partial) -> tuple[Tensor, Tensor]:
+        maximum, top = logits.amax(-1), logits.argmax(-1, keepdim=True)
+        shifted = logits - maximum[:, None]
+        weight = shifted.exp()
+        total = lines[Partial(first + 1)] = weight.sum(-1)
+        lines[first] = maximum
+        lines[Partial(first + 2)] = (weight * shifted).sum(-1) / total
+        lines[Partial(first + 3)] = top.squeeze(-1).to(maximum.dtype)
+        if x.targets is not None:
+            inside = x.targets >= 0
+            own = _at(logits, x.targets.clamp(min=0)[:, None])
+            lines[target] = torch.where(inside, own, -torch.inf)
+        return maximum, top
+
+    def pair(
+        base: Tensor,
+        base_max: Tensor,
+        top: Tensor,
+        other: Tensor,
+        difference: Tensor | None,
+        first: Partial,
+    ) -> None:
+        anchor = _at(other if difference is None else difference, top)
+        e = _step(base, base_max, other, difference, anchor)
+        shifted = base - base_max[:, None]
+        total = lines[_SUM_OF[first]]
+        mean = (shifted.exp() * e).sum(-1) / total
+        lines[first], lines[Partial(first + 1)] = anchor, mean
+        lines[Partial(first + 2)] = excess(shifted, e - mean[:, None]).sum(-1) / total
+
+    z_max, z_top = side(z, Partial.MAX, Partial.TARGET)
+    if u is not None:
+        u_max, u_top = side(u, Partial.TEACHER_MAX, Partial.TEACHER_TARGET)
+        u_minus_z = None if z_minus_u is None else -z_minus_u
+        if spec.forward_kl or spec.jsd:
+            pair(u, u_max, u_top, z, z_minus_u, Partial.FORWARD_ANCHOR)
+        if spec.reverse_kl or spec.jsd:
+            pair(z, z_max, z_top, u, u_minus_z, Partial.REVERSE_ANCHOR)
+    if w is not None:
+        w_max = w.amax(-1)
+        lines[Partial.REFERENCE_MAX] = w_max
+        lines[Partial.REFERENCE_SUM] = (w - w_max[:, None]).exp().sum(-1)
+        w_minus_z = None if z_minus_w is None else -z_minus_w
+        pair(z, z_max, z_top, w, w_minus_z, Partial.REFERENCE_ANCHOR)
+    absent = torch.full_like(z_max, torch.nan)
+    return torch.stack([lines.get(name, absent) for name in Partial])
 
 
-def _log_ratio(
-    z: Tensor, u: Tensor, difference: Tensor | None, lse: Tensor, u_max: Tensor, u_log_sum: Tensor
+def _teacher_ratio(
+    logits: _Logits, rows: Tensor, log_ratio_sum: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Anchor (C,), log sum q exp(e) (C,), and the other side's most likely token (C,)."""
-    top = u.argmax(-1, keepdim=True)
-    anchor = (z if difference is None else difference).gather(-1, top).squeeze(-1)
-    e = _anchored(z, u, difference, anchor, u_max)
-    # sum q expm1(e), each term formed without overflow; log1p keeps the digits that
-    # lse - lse loses once student and teacher are close.
-    log_q = (u - u_max[:, None]) - u_log_sum[:, None]
-    larger = (log_q + e.clamp(min=0)).clamp(max=60.0).exp()
-    excess = torch.copysign(larger * -_expm1(-e.abs()), e).sum(-1)
-    z_at_top = z.gather(-1, top).squeeze(-1)
-    far = (lse - z_at_top) - u_log_sum
-    near = (far > _ANCHORED_LOG_RATIO[0]) & (far < _ANCHORED_LOG_RATIO[1])
-    return anchor, torch.where(near, torch.log1p(excess), far), top.squeeze(-1)
+    """log p, log q and log p - log q, (C, V) each."""
+    z, u, z_minus_u = logits.z, logits.u, logits.z_minus_u
+    if u is None:
+        raise RuntimeError("a row without a teacher was asked for its divergence")
+    log_p = (z - rows[Row.MAX][:, None]) - rows[Row.LOG_SUM][:, None]
+    log_q = (u - rows[Row.TEACHER_MAX][:, None]) - rows[Row.TEACHER_LOG_SUM][:, None]
+    e = _step(u, rows[Row.TEACHER_MAX], z, z_minus_u, rows[Row.FORWARD_ANCHOR])
+    return log_p, log_q, e - log_ratio_sum[:, None]
 
 
-def _mass_difference(log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-    """p - q from log p - log q, without cancellation and without overflow."""
-    larger = torch.maximum(log_p, log_q).exp()
-    return torch.copysign(larger * -_expm1(-log_ratio.abs()), log_ratio)
-
-
-def _log_mixture_ratio(log_ratio: Tensor, x: RowInputs) -> tuple[Tensor, Tensor]:
-    """log m - log p and log m - log q for m = beta q + (1 - beta) p.
-
-    Formed from the side that weighs more: log m/p = log1p(beta expm1(log q/p)) for beta <= 1/2.
-    Then neither 1 + ... nor the step to the other side cancels, however small the other's weight.
-    """
-    student_heavier = x.jsd_beta <= x.jsd_complement
-    lighter = torch.minimum(x.jsd_beta, x.jsd_complement)
-    to_lighter = torch.where(student_heavier, -log_ratio, log_ratio)
-    bounded = to_lighter.clamp(max=60.0)
-    of_heavier = torch.log1p(lighter * _expm1(bounded)) + (to_lighter - bounded)
-    of_lighter = of_heavier - to_lighter
-    return (
-        torch.where(student_heavier, of_heavier, of_lighter),
-        torch.where(student_heavier, of_lighter, of_heavier),
-    )
-
-
-def _centred_mean(p: Tensor, values: Tensor, mean: Tensor) -> Tensor:
-    """(C,) sum p (values - mean): zero, but for the rounding of `mean` and of the values."""
-    return (p * (values - mean[:, None])).sum(-1)
+def _row_mixture(spec: RowSpec, x: RowInputs, rows: Tensor) -> Tensor:
+    logits = _chunk_logits(spec, x)
+    ratio = _teacher_ratio(logits, rows, rows[Row.FORWARD_LOG_RATIO])
+    return mixture_sums(*ratio, rows[Row.MIXTURE_ANCHOR], x)
 
 
 def _row_stats(spec: RowSpec, x: RowInputs) -> Tensor:
-    z = _logits(spec, x.student, x, x.inverse_temperature)
-    maximum, log_sum = _lse(z)
-    lse = maximum + log_sum
-    log_p = (z - maximum[:, None]) - log_sum[:, None]
-    p = log_p.exp()
-    rows = {Row.MAX: maximum, Row.LOG_SUM: log_sum, Row.ENTROPY: -(p * log_p).sum(-1)}
-    if x.targets is not None:
-        rows[Row.LOGPROB] = log_p.gather(-1, x.targets[:, None]).squeeze(-1)
-
-    if x.teacher is not None:
-        u, difference = _other(spec, spec.teacher, x, x.teacher, z, x.teacher_inverse_temperature)
-        u_max, u_log_sum = _lse(u)
-        anchor, log_ratio_sum, top = _log_ratio(z, u, difference, lse, u_max, u_log_sum)
-        log_q = (u - u_max[:, None]) - u_log_sum[:, None]
-        q = log_q.exp()
-        log_ratio = _anchored(z, u, difference, anchor, u_max) - log_ratio_sum[:, None]
-        p_minus_q = _mass_difference(log_p, log_q, log_ratio)
-        rows[Row.TEACHER_MAX] = u_max
-        rows[Row.TEACHER_LOG_SUM] = u_log_sum
-        rows[Row.TEACHER_ANCHOR] = anchor
-        rows[Row.TEACHER_LOG_RATIO] = log_ratio_sum
-        rows[Row.TEACHER_ENTROPY] = -(q * log_q).sum(-1)
-        rows[Row.TOP1_AGREE] = (z.gather(-1, top[:, None]).squeeze(-1) == maximum).to(z.dtype)
-        if x.targets is not None:
-            rows[Row.TEACHER_LOGPROB] = log_q.gather(-1, x.targets[:, None]).squeeze(-1)
-        # sum (p - q) = 0 turns each KL into a sum of terms >= 0: nothing of first order cancels.
-        if spec.forward_kl:
-            rows[Row.FORWARD_KL] = (p_minus_q - q * log_ratio).sum(-1)
-        if spec.reverse_kl:
-            reverse_kl = (p * log_ratio - p_minus_q).sum(-1)
-            rows[Row.REVERSE_KL] = reverse_kl
-            rows[Row.REVERSE_RESIDUAL] = _centred_mean(p, log_ratio, reverse_kl)
-        if spec.jsd:
-            m_over_p, m_over_q = _log_mixture_ratio(log_ratio, x)
-            student_kl = -(p * m_over_p + x.jsd_beta * p_minus_q).sum(-1)
-            teacher_kl = (x.jsd_complement * p_minus_q - q * m_over_q).sum(-1)
-            rows[Row.STUDENT_MIXTURE_KL] = student_kl
-            rows[Row.MIXTURE_RESIDUAL] = _centred_mean(p, -m_over_p, student_kl)
-            rows[Row.JSD] = x.jsd_beta * teacher_kl + x.jsd_complement * student_kl
-
-    if x.reference is not None:
-        w, difference = _other(spec, spec.reference, x, x.reference, z, x.inverse_temperature)
-        w_max, w_log_sum = _lse(w)
-        anchor, log_ratio_sum, _ = _log_ratio(z, w, difference, lse, w_max, w_log_sum)
-        log_r = (w - w_max[:, None]) - w_log_sum[:, None]
-        log_ratio = _anchored(z, w, difference, anchor, w_max) - log_ratio_sum[:, None]
-        rows[Row.REFERENCE_MAX] = w_max
-        rows[Row.REFERENCE_LOG_SUM] = w_log_sum
-        rows[Row.REFERENCE_ANCHOR] = anchor
-        rows[Row.REFERENCE_LOG_RATIO] = log_ratio_sum
-        ref_kl = (p * log_ratio - _mass_difference(log_p, log_r, log_ratio)).sum(-1)
-        rows[Row.REF_KL] = ref_kl
-        rows[Row.REFERENCE_RESIDUAL] = _centred_mean(p, log_ratio, ref_kl)
-
-    absent = torch.full_like(maximum, torch.nan)
-    return torch.stack([rows.get(name, absent) for name in Row])
+    rows = finish(spec, _row_partials(spec, x), x)
+    return finish_mixture(rows, _row_mixture(spec, x, rows)[None], x) if spec.jsd else rows
 
 
-def _log_ratio_from(
-    rows: Tensor, z: Tensor, u: Tensor, difference: Tensor | None, first: Row
+def _row_grad(
+    spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coefficients, out: Tensor
 ) -> Tensor:
-    """log p - log q from the four statistics of `Row` that start at `first`."""
-    u_max, _, anchor, log_ratio_sum = rows[first : first + 4]
-    log_ratio: Tensor = _anchored(z, u, difference, anchor, u_max) - log_ratio_sum[:, None]
-    return log_ratio
-
-
-def _row_grad(spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coefficients) -> Tensor:
-    z = _logits(spec, x.student, x, x.inverse_temperature)
-    log_p = (z - rows[Row.MAX][:, None]) - rows[Row.LOG_SUM][:, None]
-    p = log_p.exp()
+    logits = _chunk_logits(spec, x)
+    z, maximum = logits.z, rows[Row.MAX]
     c = Coefficients(*(value[:, None] for value in coefficients))
-    along_p = c.p - c.target + c.log_p * log_p
-    gradient = torch.zeros_like(p)
-    if x.teacher is not None:
-        u, difference = _other(spec, spec.teacher, x, x.teacher, z, x.teacher_inverse_temperature)
-        log_ratio = _log_ratio_from(rows, z, u, difference, Row.TEACHER_MAX)
-        if spec.reverse_kl:
-            along_p = along_p + c.teacher * (log_ratio - rows[Row.REVERSE_KL][:, None])
-        if spec.jsd:
-            p_over_m = -_log_mixture_ratio(log_ratio, x)[0]
-            along_p = along_p + c.mixture * (p_over_m - rows[Row.STUDENT_MIXTURE_KL][:, None])
+    centred = (z - maximum[:, None]) - rows[Row.LOGIT_MEAN][:, None]  # log p + H
+    along_p = c.lse - c.logprob - c.entropy * centred
+    log_p = (z - maximum[:, None]) - rows[Row.LOG_SUM][:, None]
+    gradient = torch.zeros_like(z)
+    if spec.forward_kl or spec.jsd:
+        _, log_q, log_ratio = _teacher_ratio(logits, rows, rows[Row.FORWARD_LOG_RATIO])
         if spec.forward_kl:
-            log_q = (u - rows[Row.TEACHER_MAX][:, None]) - rows[Row.TEACHER_LOG_SUM][:, None]
-            gradient = c.difference * _mass_difference(log_p, log_q, log_ratio)
-    if x.reference is not None:
-        w, difference = _other(spec, spec.reference, x, x.reference, z, x.inverse_temperature)
-        log_ratio = _log_ratio_from(rows, z, w, difference, Row.REFERENCE_MAX)
-        along_p = along_p + c.reference * (log_ratio - rows[Row.REF_KL][:, None])
-    gradient = gradient + p * along_p
+            gradient = c.forward_kl * mass_difference(log_p, log_q, log_ratio)
+        if spec.jsd:
+            p_over_m = -log_mixture_ratio(log_ratio, x)[0] - rows[Row.MIXTURE_ANCHOR][:, None]
+            along_p = along_p + c.jsd * (p_over_m - rows[Row.MIXTURE_MEAN][:, None])
+    if spec.reverse_kl and logits.u is not None:
+        difference = None if logits.z_minus_u is None else -logits.z_minus_u
+        e = _step(z, maximum, logits.u, difference, rows[Row.REVERSE_ANCHOR])
+        along_p = along_p + c.reverse_kl * (rows[Row.REVERSE_MEAN][:, None] - e)
+    if logits.w is not None:
+        difference = None if logits.z_minus_w is None else -logits.z_minus_w
+        e = _step(z, maximum, logits.w, difference, rows[Row.REFERENCE_ANCHOR])
+        along_p = along_p + c.ref_kl * (rows[Row.REFERENCE_MEAN][:, None] - e)
+    gradient = gradient + log_p.exp() * along_p
     if x.targets is not None:
         columns = torch.arange(z.shape[-1], device=z.device)
-        gradient = gradient + torch.where(columns == x.targets[:, None], c.target, 0.0)
+        gradient = gradient + torch.where(columns == x.targets[:, None], c.logprob, 0.0)
     slope = x.inverse_temperature[:, None] * x.logit_scale
     if spec.softcap:
         slope = slope * (1 - torch.tanh(x.student * x.logit_scale / x.softcap).square())
     gradient = gradient * slope
-    x.student.copy_(gradient)
+    out.copy_(gradient)
     mass: Tensor = gradient.abs().sum(-1)
     return mass
 
 
+def row_partials(spec: RowSpec, x: RowInputs, *, first_column: int = 0, fused: bool) -> Tensor:
+    """The rows' one part, (1, len(Partial), C); `first_column` is the column of the vocabulary."""
+    if fused:
+        part = _fused(_row_partials, spec)(x)
+    else:
+        part = torch.cat([_row_partials(spec, _slice(x, b)) for b in _blocks(x.student)], dim=-1)
+    for top in (Partial.TOP, Partial.TEACHER_TOP):
+        part[top] += first_column
+    return part[None]
+
+
+def row_mixture(spec: RowSpec, x: RowInputs, rows: Tensor, *, fused: bool) -> Tensor:
+    """The sums of `mixture.mixture_sums` over the rows' one part, (1, 3, C)."""
+    if fused:
+        sums = _fused(_row_mixture, spec)(x, rows)
+    else:
+        parts = [_row_mixture(spec, _slice(x, b), rows[:, b]) for b in _blocks(x.student)]
+        sums = torch.cat(parts, dim=-1)
+    return sums[None]
+
+
 def row_stats(spec: RowSpec, x: RowInputs, *, fused: bool) -> Tensor:
-    """Statistics of a chunk of rows, (len(Row), C); reads each row, writes none."""
+    """Statistics of a chunk of whole rows, (len(Row), C): all of the above at once."""
     if fused:
         return _fused(_row_stats, spec)(x)
     return torch.cat([_row_stats(spec, _slice(x, b)) for b in _blocks(x.student)], dim=-1)
 
 
 def row_grad(
-    spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coefficients, *, fused: bool
+    spec: RowSpec,
+    x: RowInputs,
+    rows: Tensor,
+    coefficients: Coefficients,
+    out: Tensor,
+    *,
+    fused: bool,
 ) -> Tensor:
-    """Overwrites `x.student` with dL/d(raw logits); returns its L1 mass per row, (C,)."""
+    """Writes dL/d(raw logits) to `out`, (C, V); returns its L1 mass per row, (C,).
+
+    `out` may be one of `x`'s: an element is read before it is written.
+    """
     if fused:
-        return _fused(_row_grad, spec)(x, rows, coefficients)
-    return torch.cat(
-        [
-            _row_grad(spec, _slice(x, b), rows[:, b], Coefficients(*(c[b] for c in coefficients)))
-            for b in _blocks(x.student)
-        ]
-    )
+        return _fused(_row_grad, spec)(x, rows, coefficients, out)
+    masses = []
+    for b in _blocks(x.student):
+        own = Coefficients(*(c[b] for c in coefficients))
+        masses.append(_row_grad(spec, _slice(x, b), rows[:, b], own, out[b]))
+    return torch.cat(masses)
 
 
 def _blocks(student: Tensor) -> list[slice]:

@@ -86,7 +86,7 @@ class Kernel:
         rows = row_stats(self.spec, inputs, fused=fused)
         one = torch.ones(len(self.student))
         along = coefficients({self.name: one}, rows, jsd_complement=inputs.jsd_complement)
-        row_grad(self.spec, inputs, rows, along, fused=fused)
+        row_grad(self.spec, inputs, rows, along, inputs.student, fused=fused)
         return named_statistics(rows)[self.name], inputs.student
 
 

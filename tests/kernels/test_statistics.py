@@ -175,7 +175,7 @@ def solved(rows: Rows, upstream: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     inputs = rows.inputs()
     statistics = row_stats(rows.spec(), inputs, fused=False)
     along = coefficients(upstream, statistics, jsd_complement=inputs.jsd_complement)
-    mass = row_grad(rows.spec(), inputs, statistics, along, fused=False)
+    mass = row_grad(rows.spec(), inputs, statistics, along, inputs.student, fused=False)
     return inputs.student, mass
 
 
