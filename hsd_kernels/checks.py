@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from hsd_kernels.problem import Problem
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -62,14 +67,14 @@ def head_rows(
     return weight.shape[0]
 
 
-def columns_in_use(vocab_size: object, rows: int) -> int:
+def columns_in_use(vocab_size: object, rows: int, *, sharded: bool) -> int:
+    """V; 0 for all rows of a sharded head, whose number no rank knows alone."""
     if vocab_size is None:
-        return rows
-    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
-        raise TypeError(f"vocab_size: found {type(vocab_size).__name__}, expected an int or None")
-    if not 0 < vocab_size <= rows:
-        raise ValueError(f"vocab_size: found {vocab_size}, expected 1 to {rows}, rows of weight")
-    return vocab_size
+        return 0 if sharded else rows
+    size = check_count("vocab_size", vocab_size, lowest=1 if sharded else -(2**62))
+    if not sharded and not 0 < size <= rows:
+        raise ValueError(f"vocab_size: found {size}, expected 1 to {rows}, rows of weight")
+    return size
 
 
 def constant(name: str, value: Tensor) -> None:
@@ -107,22 +112,65 @@ def target_ids(value: object, lead: torch.Size, device: torch.device) -> Tensor 
     return tensor
 
 
-def check_values(inputs: Mapping[str, Tensor], targets: Tensor | None, vocab_size: int) -> None:
-    active = inputs["token_weights"] != 0
-    for name, values in inputs.items():
-        bad = active & ~torch.isfinite(values)
-        if bad.any():
-            raise ValueError(
-                f"{name}: found {values[bad][0].item()} at token {bad.nonzero()[0].item()}, "
-                "expected finite values"
-            )
-    if targets is not None:
-        bad = active & ((targets < 0) | (targets >= vocab_size))
-        if bad.any():
-            raise ValueError(
-                f"targets: found {targets[bad][0].item()} at token {bad.nonzero()[0].item()}, "
-                f"expected 0 to {vocab_size - 1} (or token_weights 0 there)"
-            )
+def check_values(problem: Problem, vocab_size: int) -> None:
+    """Checks what only the values show; on a GPU this waits for the device.
+
+    Args:
+        problem: the call.
+        vocab_size: columns in use, over all shards.
+
+    Raises:
+        ValueError: names the argument, what was found where, and what was expected.
+    """
+    active = problem.active
+    for name, values in problem.inputs.items():
+        if name.startswith("upstream_"):  # autograd's: NaN passes through it
+            continue
+        _check_everywhere(name, values, active & ~torch.isfinite(values), "finite values")
+    for name in ("temperature", "kl_temperature", "teacher_temperature"):
+        values = getattr(problem, name)
+        bad = ~(torch.isfinite(values) & (values > 0))
+        _check_everywhere(name, values, bad, "finite numbers > 0")
+    if problem.targets is not None:
+        bad = active & _outside(problem.targets, vocab_size)
+        expected = f"0 to {vocab_size - 1} (or token_weights 0 there)"
+        _check_everywhere("targets", problem.targets, bad, expected)
+
+
+def _check_everywhere(name: str, values: Tensor, bad: Tensor, expected: str) -> None:
+    if bad.any():
+        raise ValueError(
+            f"{name}: found {values[bad][0].item()} at token {bad.nonzero()[0].item()}, "
+            f"expected {expected}"
+        )
+
+
+def poison(problem: Problem, vocab_size: int) -> Problem:
+    """Gives tokens with an impossible target the weight NaN: what is not checked must show."""
+    if problem.targets is None:
+        return problem
+    weights = problem.inputs["token_weights"]
+    bad = (weights != 0) & _outside(problem.targets, vocab_size)
+    poisoned = torch.where(bad, torch.nan, weights)
+    return replace(problem, inputs={**problem.inputs, "token_weights": poisoned})
+
+
+def _outside(targets: Tensor, vocab_size: int) -> Tensor:
+    return (targets < 0) | (targets >= vocab_size)
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: found {value!r}, expected one of {', '.join(map(repr, choices))}")
+    return value
+
+
+def check_count(name: str, value: object, *, lowest: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: found {type(value).__name__}, expected an integer")
+    if value < lowest:
+        raise ValueError(f"{name}: found {value}, expected at least {lowest}")
+    return value
 
 
 def check_number(name: str, value: object, *, positive: bool = False) -> float:
@@ -139,15 +187,7 @@ def temperatures(
     if not isinstance(value, Tensor):
         number = check_number(name, value, positive=True)
         return student.new_full((math.prod(lead),), number, dtype=dtype)
-    tensor = per_token(name, value, lead, student.device, dtype)
-    if student.device.type == "cpu":
-        bad = ~(torch.isfinite(tensor) & (tensor > 0))
-        if bad.any():
-            raise ValueError(
-                f"{name}: found {tensor[bad][0].item()} at token {bad.nonzero()[0].item()}, "
-                "expected finite numbers > 0"
-            )
-    return tensor
+    return per_token(name, value, lead, student.device, dtype)
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

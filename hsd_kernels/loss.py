@@ -2,66 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from hsd_kernels import reference
 from hsd_kernels.arguments import check
-from hsd_kernels.ops import STATISTICS, FusedLoss
-from hsd_kernels.pipeline import Wanted, make_schedule
-from hsd_kernels.plan import Plan
+from hsd_kernels.ops import solved
+from hsd_kernels.outputs import LossOutput, output
+from hsd_kernels.pipeline import Wanted
+from hsd_kernels.plan import Plan, record
 from hsd_kernels.problem import Problem
+from hsd_kernels.statistics import STATISTICS
 from hsd_kernels.token_losses import Divergence
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Backend = Literal["auto", "triton", "cpu", "reference"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenStatistics:
-    """Detached per-token numbers in nats, in the leading shape of the inputs.
-
-    fp32 (fp64 for fp64 inputs). Rows that were not computed (weight 0) are NaN; a field whose
-    inputs were not given is None.
-
-    Attributes:
-        kl: the divergence asked for, before weights and cap.
-        ref_kl: KL(student || reference).
-        logprob, teacher_logprob: of the target.
-        entropy, teacher_entropy: of the whole vocabulary.
-        lse, teacher_lse: logsumexp of the logits.
-        top1_agree: 1 where both sides share their most likely token, else 0.
-        gradient_mass: L1 norm of the token's logit gradient; None where none was formed.
-        dropped_mass: the part of it that a sparse backward dropped: 0, all of it is kept.
-        computed: bool, whether the row entered the computation.
-    """
-
-    kl: Tensor | None
-    ref_kl: Tensor | None
-    logprob: Tensor | None
-    teacher_logprob: Tensor | None
-    entropy: Tensor
-    teacher_entropy: Tensor | None
-    lse: Tensor
-    teacher_lse: Tensor | None
-    top1_agree: Tensor | None
-    gradient_mass: Tensor | None
-    dropped_mass: Tensor | None
-    computed: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossOutput:
-    """What `fused_hsd_loss` returns: the differentiable loss (), statistics, and what ran."""
-
-    loss: Tensor
-    stats: TokenStatistics
-    plan: Plan
+BackendChoice = Literal["auto", "triton", "cpu", "reference"]
+PrecisionChoice = Literal["auto", "fp32_logits", "difference", "bf16_logits"]
 
 
 def fused_hsd_loss(
@@ -97,7 +57,7 @@ def fused_hsd_loss(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     vocab_size: int | None = None,
-    precision: Literal["auto", "fp32_logits", "difference", "bf16_logits"] = "auto",
+    precision: PrecisionChoice = "auto",
     sparse_tolerance: float | None = None,
     sparse_max_columns: int | None = None,
     top_k: int = 0,
@@ -105,7 +65,7 @@ def fused_hsd_loss(
     max_chunk_bytes: int | None = None,
     process_group: ProcessGroup | None = None,
     validate: bool = False,
-    backend: Backend = "auto",
+    backend: BackendChoice = "auto",
 ) -> LossOutput:
     """Hindsight self-distillation loss from hidden states, without N x V logits.
 
@@ -143,56 +103,59 @@ def fused_hsd_loss(
             KLs unless `kl_temperature` (student and reference) or `teacher_temperature` is given.
         vocab_size: columns in use; the head's rows beyond them are padding.
         precision: "fp32_logits" is what "auto" runs; "bf16_logits" rounds them, for comparison.
+        sparse_tolerance: largest share of a chunk's gradient, as L1 mass, that the backward may
+            drop; its GEMMs then run on the few columns that hold the rest. None: exact.
+        sparse_max_columns: a chunk that needs more columns runs dense; default: half of them.
+        top_k: ids and log-probs of the k most likely tokens of both sides, in `stats`.
+        weight_grad_out: (V, D) fp32 accumulator that the head's gradient is added to during
+            forward, in place of weight.grad; the upstream gradient must then be 1.
         max_chunk_bytes: cap of all logits held at a time; default 512 MiB.
+        process_group: its ranks hold consecutive rows of every head; all are given the same
+            tokens. The loss and the gradient of student_hidden are the same on every rank.
         validate: check values (targets, weights) off the CPU too; on it they always are.
-        backend: "cpu" (the default for CPU tensors) or "reference" (dense, any device).
+        backend: "cpu" (the default for CPU tensors), "triton" or "reference" (dense, any device).
 
     Raises:
         ValueError, TypeError: bad input; names the argument, what was found and expected.
-        NotImplementedError: "triton", "difference", sparse_*, top_k, weight_grad_out and
-            process_group belong to the interface but not to this version.
     """
     arguments = dict(locals())
-    problem = check(arguments)
+    return run(check(arguments), student_hidden, weight, bias)
+
+
+def run(
+    problem: Problem, student_hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> LossOutput:
+    """Solves a checked problem on its backend; the tensors are the caller's own."""
     lead = student_hidden.shape[:-1]
-    if _backend(backend, student_hidden) == "reference":
-        loss, statistics = reference.solve(problem)
-        return _output(problem, lead, loss, statistics, None, _dense_plan(problem))
-    needs = [t is not None and t.requires_grad for t in (student_hidden, weight, bias)]
-    wanted = Wanted(*(torch.is_grad_enabled() and need for need in needs))
-    schedule = make_schedule(problem, wanted)
-    loss, mass, *values = FusedLoss.apply(  # type: ignore[no-untyped-call]
-        student_hidden, weight, bias, problem, schedule
+    if problem.settings.backend == "reference":
+        loss, named = reference.solve(problem)
+        return output(problem, lead, loss, named, record(_dense_plan(problem)), mass=None)
+    wanted = wanted_gradients(student_hidden, weight, bias)
+    out = solved(problem, wanted)
+    return output(
+        problem,
+        lead,
+        out["loss"],
+        dict(zip(STATISTICS, out["statistics"], strict=True)),
+        out["plan"].detach(),
+        mass=out["mass"].detach() if any(wanted) else None,
+        top_ids=out["top_ids"],
+        top_logprobs=out["top_logprobs"].detach(),
     )
-    statistics = dict(zip(STATISTICS, values, strict=True))
-    return _output(problem, lead, loss, statistics, mass, schedule.plan)
 
 
-def _backend(backend: Backend, student_hidden: Tensor) -> Literal["cpu", "reference"]:
-    if backend not in ("auto", "triton", "cpu", "reference"):
-        raise ValueError(
-            f"backend: found {backend!r}, expected 'auto', 'triton', 'cpu' or 'reference'"
-        )
-    if backend == "reference":
-        return "reference"
-    if backend == "triton" or (backend == "auto" and student_hidden.device.type != "cpu"):
-        raise NotImplementedError(
-            "backend: no GPU kernels in this version; expected 'cpu' for CPU tensors or 'reference'"
-        )
-    if student_hidden.device.type != "cpu":
-        raise ValueError(
-            f"backend: found 'cpu' with student_hidden on {student_hidden.device}, "
-            "expected CPU tensors"
-        )
-    return "cpu"
+def wanted_gradients(student_hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Wanted:
+    """Those that autograd will ask for."""
+    needs = [t is not None and t.requires_grad for t in (student_hidden, weight, bias)]
+    return Wanted(*(torch.is_grad_enabled() and need for need in needs))
 
 
 def _dense_plan(problem: Problem) -> Plan:
-    rows, vocab_size = len(problem.student), len(problem.weight)
+    rows, vocab_size = len(problem.student), problem.settings.vocab_size
     sides = 1 + (problem.teacher is not None) + (problem.reference is not None)
     return Plan(
         backend="reference",
-        precision=problem.precision,
+        precision=problem.settings.precision,
         fused=False,
         rows=rows,
         rows_per_chunk=rows,
@@ -202,35 +165,3 @@ def _dense_plan(problem: Problem) -> Plan:
         workspace_bytes=6 * sides * rows * vocab_size * problem.compute_dtype.itemsize,
         traffic_bytes=12 * sides * rows * vocab_size * problem.compute_dtype.itemsize,
     )
-
-
-def _output(
-    problem: Problem,
-    lead: torch.Size,
-    loss: Tensor,
-    statistics: dict[str, Tensor],
-    gradient_mass: Tensor | None,
-    plan: Plan,
-) -> LossOutput:
-    """Gives the statistics their public names, their shape, and NaN where nothing was computed."""
-    rows = {name: problem.active for name in ("entropy", "lse")}
-    if problem.targets is not None:
-        rows["logprob"] = problem.active
-    if problem.teacher is not None and problem.loss.divergence is not None:
-        kl = problem.loss.divergence_scale * statistics[problem.loss.divergence]
-        statistics = {**statistics, "kl": kl}
-        of_teacher = ("kl", "teacher_entropy", "teacher_lse", "top1_agree")
-        rows |= dict.fromkeys(of_teacher, problem.needs_teacher)
-        if problem.targets is not None:
-            rows["teacher_logprob"] = problem.needs_teacher
-    if problem.reference is not None:
-        rows["ref_kl"] = problem.needs_reference
-    if gradient_mass is not None:
-        dropped = torch.zeros_like(gradient_mass)
-        statistics = {**statistics, "gradient_mass": gradient_mass, "dropped_mass": dropped}
-        rows |= dict.fromkeys(("gradient_mass", "dropped_mass"), problem.active)
-    values: dict[str, Any] = dict.fromkeys(field.name for field in fields(TokenStatistics))
-    for name, computed in rows.items():
-        values[name] = statistics[name].detach().where(computed, torch.nan).reshape(lead)
-    values["computed"] = problem.active.reshape(lead)
-    return LossOutput(loss=loss, stats=TokenStatistics(**values), plan=plan)

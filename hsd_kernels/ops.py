@@ -1,80 +1,346 @@
-"""The autograd node: forward forms the gradients, backward scales them by the upstream one."""
+"""The custom ops: what torch.compile, autograd and simulators see of a loss.
+
+`hsd_kernels::solve` forms the gradients during forward; its backward scales them by the upstream
+gradient. `hsd_kernels::statistics` forms none; its backward is a `solve` whose loss is linear in
+the statistics. Both take a `Problem` apart, because an op takes tensors, numbers and strings.
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hsd_kernels.pipeline import Schedule, solve
-from hsd_kernels.problem import Problem
+from hsd_kernels.checks import check_values, poison
+from hsd_kernels.parallel import shard_of
+from hsd_kernels.pipeline import Wanted, solve
+from hsd_kernels.plan import Plan, record
+from hsd_kernels.problem import Problem, Settings, Side
+from hsd_kernels.statistics import DIFFERENTIABLE, STATISTICS
 
-STATISTICS = (
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "ref_kl",
-    "logprob",
-    "teacher_logprob",
-    "entropy",
-    "teacher_entropy",
-    "lse",
-    "teacher_lse",
-    "top1_agree",
+OUTPUTS = (
+    "loss",
+    "statistics",
+    "mass",
+    "top_ids",
+    "top_logprobs",
+    "student_grad",
+    "weight_grad",
+    "bias_grad",
+    "plan",
 )
-"""The statistics that follow the loss and the gradient mass in `FusedLoss`'s outputs."""
+"""Of `hsd_kernels::solve`; what a call has not is an empty tensor."""
+
+_PLAN_FIELDS = len(Plan.__dataclass_fields__)
 
 
-class FusedLoss(torch.autograd.Function):
-    """(loss (), gradient_mass (N,) or None, *statistics (N,)) of a problem.
+def arguments_of(problem: Problem) -> dict[str, Any]:
+    """A problem as arguments of the ops, wanted gradients apart."""
+    arguments: dict[str, Any] = {
+        "student": problem.student,
+        "weight": problem.weight,
+        "bias": problem.bias,
+        "targets": problem.targets,
+        "input_names": ",".join(problem.inputs),
+        "input_values": list(problem.inputs.values()),
+        "temperature": problem.temperature,
+        "kl_temperature": problem.kl_temperature,
+        "teacher_temperature": problem.teacher_temperature,
+        "weight_grad_out": problem.weight_grad_out,
+    }
+    for name in ("teacher", "reference"):
+        side: Side | None = getattr(problem, name)
+        own = side is not None and not side.shared_head
+        arguments[name] = None if side is None else side.hidden
+        arguments[f"{name}_weight"] = side.weight if side is not None and own else None
+        arguments[f"{name}_bias"] = side.bias if side is not None and own else None
+    settings = problem.settings
+    for name in Settings.__dataclass_fields__:
+        arguments[name] = getattr(settings, name)
+    # An empty list would pass for a list of tensors, which autograd wants gradients of.
+    arguments["loss_scalars"] = list(settings.loss_scalars) or [0.0]
+    return arguments
 
-    `student_hidden`, `weight` and `bias` are the caller's own tensors, there to receive gradients;
-    `problem` holds the same, flattened and cut to the vocabulary in use.
-    """
+
+def _problem(a: Mapping[str, Any]) -> Problem:
+    """The inverse of `arguments_of`."""
+
+    def side(name: str) -> Side | None:
+        if a[name] is None:
+            return None
+        shared = a[f"{name}_weight"] is None
+        weight, bias = a["weight"].detach(), a["bias"]
+        return Side(
+            hidden=a[name],
+            weight=weight if shared else a[f"{name}_weight"],
+            bias=(None if bias is None else bias.detach()) if shared else a[f"{name}_bias"],
+            shared_head=shared,
+        )
+
+    settings = {name: a[name] for name in Settings.__dataclass_fields__}
+    settings["loss_scalars"] = tuple(a["loss_scalars"])
+    return Problem(
+        student=a["student"],
+        weight=a["weight"],
+        bias=a["bias"],
+        teacher=side("teacher"),
+        reference=side("reference"),
+        targets=a["targets"],
+        inputs=dict(zip(a["input_names"].split(","), a["input_values"], strict=True)),
+        temperature=a["temperature"],
+        kl_temperature=a["kl_temperature"],
+        teacher_temperature=a["teacher_temperature"],
+        weight_grad_out=a["weight_grad_out"],
+        settings=Settings(**settings),
+    )
+
+
+def _checked(problem: Problem) -> Problem:
+    """Checks the values where that costs nothing or was asked for; else lets faults show as NaN."""
+    settings = problem.settings
+    device = problem.student.device
+    vocab_size = settings.vocab_size
+    if settings.group:
+        vocab_size = shard_of(settings.group, len(problem.weight), vocab_size, device).vocab_size
+    if device.type == "cpu" or settings.validate:
+        check_values(problem, vocab_size)
+        return problem
+    return poison(problem, vocab_size)
+
+
+def _solve(
+    student: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    reference: Tensor | None,
+    reference_weight: Tensor | None,
+    reference_bias: Tensor | None,
+    targets: Tensor | None,
+    input_names: str,
+    input_values: Sequence[Tensor],
+    temperature: Tensor,
+    kl_temperature: Tensor,
+    teacher_temperature: Tensor,
+    weight_grad_out: Tensor | None,
+    loss: str,
+    loss_scalars: Sequence[float],
+    divergence: str,
+    statistics: str,
+    jsd_beta: float,
+    one_temperature: bool,
+    teacher_shares_temperature: bool,
+    logit_scale: float,
+    logit_softcap: float | None,
+    vocab_size: int,
+    precision: str,
+    sparse_tolerance: float | None,
+    sparse_max_columns: int | None,
+    top_k: int,
+    max_chunk_bytes: int | None,
+    group: str,
+    validate: bool,
+    backend: str,
+    want_student: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`OUTPUTS` of a problem."""
+    arguments = locals()
+    # An outer autocast would round the logits.
+    with torch.autocast(student.device.type, enabled=False):
+        solution = solve(
+            _checked(_problem(arguments)), Wanted(want_student, want_weight, want_bias)
+        )
+
+    def given(gradient: Tensor | None) -> Tensor:
+        return temperature.new_empty(0) if gradient is None else gradient
+
+    return (
+        solution.loss,
+        solution.statistics,
+        solution.mass,
+        solution.top.ids,
+        solution.top.logprobs,
+        given(solution.student_grad),
+        given(solution.weight_grad),
+        given(solution.bias_grad),
+        record(solution.plan),
+    )
+
+
+# An op that writes an argument has no autograd formula of its own: see `_SolveInto`.
+solve_op = torch.library.custom_op("hsd_kernels::solve", _solve, mutates_args=())
+solve_into_op = torch.library.custom_op(
+    "hsd_kernels::solve_into", _solve, mutates_args={"weight_grad_out"}
+)
+_PARAMETERS = tuple(inspect.signature(_solve).parameters)
+
+
+def _fake(student: Tensor, weight: Tensor, *_arguments: Any, **named: Any) -> tuple[Tensor, ...]:
+    a = dict(zip(_PARAMETERS, (student, weight, *_arguments), strict=False)) | named
+    count, dtype = student.shape[0], a["temperature"].dtype
+    own_gradient = a["want_weight"] and a["weight_grad_out"] is None
+
+    def new(*shape: Any) -> Tensor:
+        return student.new_empty(shape, dtype=dtype)
+
+    return (
+        new(),
+        new(len(STATISTICS), count),
+        new(2, count),
+        student.new_empty((2, count, a["top_k"]), dtype=torch.int64),
+        new(2, count, a["top_k"]),
+        new(*student.shape) if a["want_student"] else new(0),
+        new(*weight.shape) if own_gradient else new(0),
+        new(weight.shape[0]) if a["want_bias"] else new(0),
+        torch.empty(_PLAN_FIELDS, dtype=torch.float64, device="cpu"),
+    )
+
+
+statistics_op = torch.library.custom_op("hsd_kernels::statistics", _solve, mutates_args=())
+solve_op.register_fake(_fake)
+statistics_op.register_fake(_fake)
+solve_into_op.register_fake(_fake)
+
+
+@torch.library.custom_op("hsd_kernels::scale", mutates_args=())
+def scale_op(gradient: Tensor, upstream: Tensor, of: Tensor) -> Tensor:
+    """gradient * upstream in the dtype of the tensor `of` whose gradient it is."""
+    return (gradient * upstream).to(of.dtype)
+
+
+@scale_op.register_fake
+def _(gradient: Tensor, upstream: Tensor, of: Tensor) -> Tensor:
+    return gradient.new_empty(gradient.shape, dtype=of.dtype)
+
+
+def _refuse(ctx: Any, *_: Any) -> None:
+    # The formed gradients would pass for constants, and a second derivative silently lack them.
+    raise RuntimeError(
+        "hsd_kernels: found a second derivative, but gradients are formed once and cannot be "
+        "differentiated again; expected backend='reference' for that"
+    )
+
+
+scale_op.register_autograd(_refuse)
+
+
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    a = dict(zip(_PARAMETERS, inputs, strict=True))
+    ctx.inputs = len(a["input_values"])
+    ctx.wanted = [name for name in ("student", "weight", "bias") if a[f"want_{name}"]]
+    formed = dict(zip(OUTPUTS, output, strict=True))
+    ctx.save_for_backward(
+        *(formed[f"{name}_grad"] for name in ctx.wanted), *(a[name] for name in ctx.wanted)
+    )
+
+
+def _scale_gradients(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    gradients: list[Any] = [None] * len(_PARAMETERS)
+    gradients[_PARAMETERS.index("input_values")] = [None] * ctx.inputs
+    if upstream is not None:
+        count = len(ctx.wanted)
+        formed, inputs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        for name, gradient, of in zip(ctx.wanted, formed, inputs, strict=True):
+            scaled = torch.ops.hsd_kernels.scale(gradient, upstream, of)
+            gradients[_PARAMETERS.index(name)] = scaled
+    return tuple(gradients)
+
+
+solve_op.register_autograd(_scale_gradients, setup_context=_save_gradients)
+
+
+def _save_problem(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    a = dict(zip(_PARAMETERS, inputs, strict=True))
+    ctx.mark_non_differentiable(output[0], *output[2:])
+    tensors = {name: value for name, value in a.items() if isinstance(value, Tensor)}
+    ctx.names, ctx.inputs = tuple(tensors), len(a["input_values"])
+    ctx.save_for_backward(*tensors.values(), *a["input_values"])
+    ctx.others = {name: value for name, value in a.items() if not isinstance(value, Tensor)}
+
+
+def _statistics_gradients(
+    ctx: Any, _loss: None, upstream: Tensor | None, *_: None
+) -> tuple[Any, ...]:
+    gradients: list[Any] = [None] * len(_PARAMETERS)
+    gradients[_PARAMETERS.index("input_values")] = [None] * ctx.inputs
+    if upstream is None:
+        return tuple(gradients)
+    saved = ctx.saved_tensors
+    a = {**ctx.others, **dict(zip(ctx.names, saved, strict=False))}
+    names = [name for name in a["statistics"].split(",") if name in DIFFERENTIABLE]
+    a["input_names"] = ",".join([a["input_names"], *(f"upstream_{name}" for name in names)])
+    a["input_values"] = [
+        *saved[len(ctx.names) :],
+        *(upstream[STATISTICS.index(name)].contiguous() for name in names),
+    ]
+    for name in ("student", "weight", "bias"):
+        a[f"want_{name}"] = ctx.needs_input_grad[_PARAMETERS.index(name)]
+    values = dict(zip(OUTPUTS, torch.ops.hsd_kernels.solve(**a), strict=True))
+    for name in ("student", "weight", "bias"):
+        if a[f"want_{name}"]:
+            gradients[_PARAMETERS.index(name)] = values[f"{name}_grad"].to(a["student"].dtype)
+    return tuple(gradients)
+
+
+statistics_op.register_autograd(_statistics_gradients, setup_context=_save_problem)
+
+
+class _SolveInto(torch.autograd.Function):
+    """`hsd_kernels::solve_into`: the head's gradient is added to `weight_grad_out` in forward."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        student_hidden: Tensor,  # (..., D)
-        weight: Tensor,  # (V', D)
-        bias: Tensor | None,  # (V',)
-        problem: Problem,
-        schedule: Schedule,
-    ) -> tuple[Tensor | None, ...]:
-        # An outer autocast would round the logits.
-        with torch.autocast(student_hidden.device.type, enabled=False):
-            solution = solve(problem, schedule)
-        ctx.save_for_backward(solution.student_grad, solution.weight_grad, solution.bias_grad)
-        ctx.student = (student_hidden.shape, student_hidden.dtype)
-        ctx.head_rows = weight.shape[0]
-        constants = (
-            solution.gradient_mass,
-            *(solution.statistics[name] for name in STATISTICS),
-        )
-        ctx.mark_non_differentiable(*(value for value in constants if value is not None))
-        return solution.loss, *constants
+        ctx: Any, student: Tensor, bias: Tensor | None, arguments: dict[str, Any]
+    ) -> tuple[Tensor, ...]:
+        values = torch.ops.hsd_kernels.solve_into(**arguments, student=student, bias=bias)
+        ctx.save_for_backward(*values[OUTPUTS.index("student_grad") : OUTPUTS.index("plan")])
+        ctx.mark_non_differentiable(*values[1:])
+        ctx.wanted = (arguments["want_student"], arguments["want_bias"])
+        ctx.dtype = student.dtype
+        return tuple(values)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            # They would pass for constants, and a second derivative silently lack them.
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if upstream.device.type == "cpu" and float(upstream) != 1.0:
             raise RuntimeError(
-                "fused_hsd_loss: found create_graph=True, but its gradients are formed once and "
-                "cannot be differentiated again; expected backend='reference' for that"
+                f"weight_grad_out: found an upstream gradient of {float(upstream)}, expected 1: "
+                "the head's gradient is added during forward; put factors into token_weights"
             )
-        student_grad, weight_grad, bias_grad = ctx.saved_tensors
-        shape, dtype = ctx.student
+        student_grad, _, bias_grad = ctx.saved_tensors
+        scaled = [
+            (saved * upstream).to(ctx.dtype) if wanted else None
+            for saved, wanted in zip((student_grad, bias_grad), ctx.wanted, strict=True)
+        ]
+        return *scaled, None
 
-        def head(gradient: Tensor | None) -> Tensor | None:
-            """Scaled, with zeros for the rows beyond the vocabulary in use."""
-            if gradient is None:
-                return None
-            missing = gradient.new_zeros((ctx.head_rows - len(gradient), *gradient.shape[1:]))
-            scaled = (gradient * upstream).to(dtype)
-            return torch.cat([scaled, missing.to(dtype)]) if len(missing) else scaled
 
-        student = None
-        if student_grad is not None:
-            student = (student_grad * upstream).to(dtype).reshape(shape)
-        return student, head(weight_grad), head(bias_grad), None, None
+def solved(problem: Problem, wanted: Wanted) -> dict[str, Tensor]:
+    """`OUTPUTS` by name; the loss carries the gradient."""
+    arguments = arguments_of(problem)
+    arguments |= {f"want_{name}": value for name, value in wanted._asdict().items()}
+    if problem.weight_grad_out is None:
+        values = torch.ops.hsd_kernels.solve(**arguments)
+    else:
+        student, bias = arguments.pop("student"), arguments.pop("bias")
+        arguments["weight"] = problem.weight.detach()
+        values = _SolveInto.apply(student, bias, arguments)  # type: ignore[no-untyped-call]
+    return dict(zip(OUTPUTS, values, strict=True))
+
+
+def statistics_of(problem: Problem) -> Tensor:
+    """(len(STATISTICS), N), differentiable; the backward computes them again."""
+    wants = {"want_student": False, "want_weight": False, "want_bias": False}
+    values = torch.ops.hsd_kernels.statistics(**arguments_of(problem), **wants)
+    statistics: Tensor = values[OUTPUTS.index("statistics")]
+    return statistics

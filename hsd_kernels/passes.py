@@ -7,9 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hsd_kernels.parallel import Shard
 from hsd_kernels.problem import Problem, Side
-from hsd_kernels.rows import RowInputs, RowSpec, Source
-from hsd_kernels.statistics import DIFFERENTIABLE, named_statistics
+from hsd_kernels.rows import RowInputs, RowKernels, RowSpec, Source
+from hsd_kernels.rows.mixture import finish_mixture
+from hsd_kernels.rows.partials import empty_part, finish, merge
+from hsd_kernels.statistics import DIFFERENTIABLE, STATISTICS, named_statistics
 
 
 class Group(NamedTuple):
@@ -33,14 +36,15 @@ class Pass(NamedTuple):
 
 
 def as_difference(problem: Problem, side: Side) -> bool:
-    return side.shared_head and problem.precision != "bf16_logits"
+    return side.shared_head and problem.settings.precision != "bf16_logits"
 
 
 def chunk_passes(problem: Problem, group: Group) -> list[Pass]:
     """One pass, or two where the KLs have a temperature of their own."""
     policy = ("lse", "logprob", "entropy")
     target = problem.targets is not None
-    divergence = problem.loss.divergence if group.teacher else None
+    settings = problem.settings
+    wanted = problem.statistics if group.teacher else ()
 
     def source(side: Side | None) -> Source:
         if side is None:
@@ -50,14 +54,14 @@ def chunk_passes(problem: Problem, group: Group) -> list[Pass]:
     whole = RowSpec(
         teacher=source(group.teacher),
         reference=source(group.reference),
-        forward_kl=divergence == "forward_kl",
-        reverse_kl=divergence == "reverse_kl",
-        jsd=divergence == "jsd",
+        forward_kl="forward_kl" in wanted,
+        reverse_kl="reverse_kl" in wanted,
+        jsd="jsd" in wanted,
         target=target,
-        softcap=problem.logit_softcap is not None,
-        same_temperature=problem.teacher_shares_temperature,
+        softcap=settings.logit_softcap is not None,
+        same_temperature=settings.teacher_shares_temperature,
     )
-    if problem.one_temperature or (group.teacher is None and group.reference is None):
+    if settings.one_temperature or (group.teacher is None and group.reference is None):
         return [Pass(whole, problem.temperature, DIFFERENTIABLE)]
     plain = RowSpec(target=target, softcap=whole.softcap)
     return [
@@ -70,8 +74,12 @@ def chunk_passes(problem: Problem, group: Group) -> list[Pass]:
     ]
 
 
-def row_inputs(problem: Problem, each: Pass, rows: Tensor, logits: list[Tensor]) -> RowInputs:
+def row_inputs(
+    problem: Problem, each: Pass, rows: Tensor, logits: list[Tensor], targets: Tensor | None
+) -> RowInputs:
+    """One chunk as the row kernels take it; `targets` (C,) are columns of this shard."""
     remaining = iter(logits)
+    settings = problem.settings
 
     def number(value: float) -> Tensor:
         return torch.tensor(value, dtype=problem.compute_dtype, device=logits[0].device)
@@ -80,17 +88,42 @@ def row_inputs(problem: Problem, each: Pass, rows: Tensor, logits: list[Tensor])
         student=next(remaining),
         teacher=next(remaining) if each.spec.teacher != "absent" else None,
         reference=next(remaining) if each.spec.reference != "absent" else None,
-        targets=None if problem.targets is None else problem.targets[rows],
+        targets=targets,
         inverse_temperature=each.temperature[rows].reciprocal(),
         teacher_inverse_temperature=problem.teacher_temperature[rows].reciprocal(),
-        logit_scale=number(problem.logit_scale),
-        softcap=number(problem.logit_softcap or 1.0),
-        jsd_beta=number(problem.jsd_beta),
-        jsd_complement=number(1 - problem.jsd_beta),
+        logit_scale=number(settings.logit_scale),
+        softcap=number(settings.logit_softcap or 1.0),
+        jsd_beta=number(settings.jsd_beta),
+        jsd_complement=number(1 - settings.jsd_beta),
     )
+
+
+def chunk_statistics(kernels: RowKernels, spec: RowSpec, x: RowInputs, shard: Shard) -> Tensor:
+    """Statistics (len(Row), C) of whole rows, over the shards of all ranks."""
+    if shard.group is None:
+        return kernels.stats(spec, x)
+    if shard.columns:
+        parts = kernels.partials(spec, x, first_column=shard.first)
+        own = merge(spec, parts)[None]
+    else:
+        own = empty_part(x.inverse_temperature)[None]
+    rows = finish(spec, merge(spec, shard.gathered(own)), x)
+    if not spec.jsd:
+        return rows
+    sums = x.inverse_temperature.new_zeros((1, 3, len(x.inverse_temperature)))
+    if shard.columns:
+        sums = kernels.mixture(spec, x, rows).sum(0, keepdim=True)
+    return finish_mixture(rows, shard.gathered(sums), x)
 
 
 def merged_statistics(computed: list[Tensor]) -> dict[str, Tensor]:
     """Statistics by name: log-probs and entropy of the first pass, KLs and teacher of the last."""
     first, last = named_statistics(computed[0]), named_statistics(computed[-1])
     return last | {name: first[name] for name in ("lse", "logprob", "entropy")}
+
+
+def provided_statistics(problem: Problem, group: Group) -> tuple[str, ...]:
+    """Those of the problem's statistics that a group with fewer sides has, too."""
+    without = set() if group.teacher else set(STATISTICS) - {"lse", "entropy", "logprob", "ref_kl"}
+    without |= set() if group.reference else {"ref_kl"}
+    return tuple(name for name in problem.statistics if name not in without)

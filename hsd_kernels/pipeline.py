@@ -1,4 +1,4 @@
-"""The order of work: GEMM, row_stats, token loss, row_grad, two GEMMs; chunk after chunk.
+"""The order of work: GEMM, row statistics, token loss, row gradient, two GEMMs; chunk by chunk.
 
 It knows no divergence: what a row's statistics mean is in `statistics`, how a loss reads them in
 `token_losses`, how they are computed in `rows`.
@@ -6,36 +6,55 @@ It knows no divergence: what a row's statistics mean is in `statistics`, how a l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hsd_kernels.parallel import Shard, shard_of
 from hsd_kernels.passes import (
     Group,
     as_difference,
     chunk_passes,
+    chunk_statistics,
     merged_statistics,
+    provided_statistics,
     row_inputs,
 )
 from hsd_kernels.plan import Plan, RowGroup, plan_groups
 from hsd_kernels.problem import Problem, Side
-from hsd_kernels.rows.torch_rows import compiler_found, row_grad, row_stats
-from hsd_kernels.statistics import DIFFERENTIABLE, Row, coefficients, named_statistics
+from hsd_kernels.rows import RowKernels
+from hsd_kernels.rows.torch_rows import compiler_found, row_kernels
+from hsd_kernels.sparse import kept_columns
+from hsd_kernels.statistics import DIFFERENTIABLE, STATISTICS, coefficients
+from hsd_kernels.top_k import TopK, most_likely
+
+_AUTOGRAD_KEYS = (
+    torch._C.DispatchKey.AutogradCPU,
+    torch._C.DispatchKey.AutogradCUDA,
+    torch._C.DispatchKey.AutogradOther,
+    torch._C.DispatchKey.ADInplaceOrView,
+)
 
 
 @dataclass
 class Solution:
-    """Loss (), statistics by name (N,) with NaN in rows that were not computed, and gradients."""
+    """Loss (), statistics with 0 where they were not computed, gradients, and what ran.
+
+    Gradients that were not wanted are None; so is the head's where the caller gave an accumulator.
+    """
 
     loss: Tensor
-    statistics: dict[str, Tensor]
-    gradient_mass: Tensor | None  # (N,) L1 norm of each row's logit gradient
+    statistics: Tensor  # (len(STATISTICS), N)
+    mass: Tensor  # (2, N) L1 norm of each row's logit gradient, and the part of it that was dropped
+    top: TopK  # (2, N, k) student's and teacher's
     student_grad: Tensor | None  # (N, D)
-    weight_grad: Tensor | None  # (V, D)
-    bias_grad: Tensor | None  # (V,)
+    weight_grad: Tensor | None  # (V', D)
+    bias_grad: Tensor | None  # (V',)
+    plan: Plan
 
 
 class Wanted(NamedTuple):
@@ -46,36 +65,58 @@ class Wanted(NamedTuple):
     bias: bool
 
 
-class Schedule(NamedTuple):
-    """Which rows run with what, and the plan that follows from it."""
-
-    groups: list[Group]
-    wanted: Wanted
-    plan: Plan
-
-
 class Heads(NamedTuple):
-    """The heads in the compute dtype."""
+    """The heads' columns in use, in the compute dtype."""
 
     student: Tensor  # (V, D)
     teacher: Tensor
     reference: Tensor
 
 
-def make_schedule(problem: Problem, wanted: Wanted) -> Schedule:
-    """Decides what runs. Waits for the device once, for the number of rows in each group."""
+class Work(NamedTuple):
+    """What every chunk of a call uses."""
+
+    problem: Problem
+    wanted: Wanted
+    shard: Shard
+    plan: Plan
+    kernels: RowKernels
+    heads: Heads
+    buffers: Tensor  # (sides * rows_per_chunk, V) the logits of one chunk, all sides stacked
+
+
+def solve(problem: Problem, wanted: Wanted) -> Solution:
+    """Loss, statistics and the wanted gradients, without ever holding N x V logits.
+
+    Waits for the device once, for the number of rows in each group of rows.
+    """
+    settings = problem.settings
+    device = problem.student.device
+    shard = shard_of(settings.group, len(problem.weight), settings.vocab_size, device)
     groups = _groups(problem)
-    return Schedule(groups, wanted, _plan(problem, groups, wanted))
-
-
-def solve(problem: Problem, schedule: Schedule) -> Solution:
-    """Loss, statistics and the wanted gradients, without ever holding N x V logits."""
-    heads = _heads(problem)
-    solution = _empty_solution(problem, schedule.wanted)
-    buffers = _allocate(problem, schedule)
-    for group in schedule.groups:
-        for rows in torch.split(group.rows, schedule.plan.rows_per_chunk):
-            _chunk(problem, schedule, group, rows, heads, buffers, solution)
+    plan = _plan(problem, groups, wanted, shard)
+    work = Work(
+        problem=problem,
+        wanted=wanted,
+        shard=shard,
+        plan=plan,
+        kernels=row_kernels(fused=plan.fused),
+        heads=_heads(problem, shard.columns),
+        buffers=torch.empty(
+            (max((g.sides for g in groups), default=1) * plan.rows_per_chunk, shard.columns),
+            dtype=problem.compute_dtype,
+            device=device,
+        ),
+    )
+    solution = _empty_solution(problem, wanted, plan)
+    for group in groups:
+        for rows in torch.split(group.rows, plan.rows_per_chunk):
+            _chunk(work, group, rows, solution)
+    for shared in (solution.student_grad, solution.mass if any(wanted) else None):
+        if shared is not None:
+            shard.sum_(shared)
+    if problem.weight_grad_out is not None:
+        solution.weight_grad = None
     return solution
 
 
@@ -93,108 +134,101 @@ def _groups(problem: Problem) -> list[Group]:
     return groups
 
 
-def _heads(problem: Problem) -> Heads:
+def _heads(problem: Problem, columns: int) -> Heads:
     def compute(side: Side | None) -> Tensor:
         if side is None or side.shared_head:
             return student
-        return side.weight.to(problem.compute_dtype)
+        return side.weight[:columns].to(problem.compute_dtype)
 
-    student = problem.weight.detach().to(problem.compute_dtype)
+    student = problem.weight[:columns].detach().to(problem.compute_dtype)
     return Heads(student, compute(problem.teacher), compute(problem.reference))
 
 
-def _plan(problem: Problem, groups: list[Group], wanted: Wanted) -> Plan:
+def _plan(problem: Problem, groups: list[Group], wanted: Wanted, shard: Shard) -> Plan:
     sides = [side for side in (problem.teacher, problem.reference) if side is not None]
     narrow = problem.weight.dtype != problem.compute_dtype
+    settings = problem.settings
     return plan_groups(
         [RowGroup(group.rows.numel(), group.sides) for group in groups],
         problem.weight.shape[1],
-        problem.weight.shape[0],
-        temperatures=1 if problem.one_temperature else 2,
+        max(shard.largest, 1),
+        temperatures=1 if settings.one_temperature else 2,
         student_gradient=wanted.student,
         weight_gradient=wanted.weight,
+        accumulated=problem.weight_grad_out is not None,
+        sparse=settings.sparse_tolerance is not None,
         copied_heads=int(narrow) * (1 + sum(not side.shared_head for side in sides)),
         element_bytes=torch.finfo(problem.compute_dtype).bits // 8,
-        max_chunk_bytes=problem.max_chunk_bytes,
+        max_chunk_bytes=settings.max_chunk_bytes,
         compiled=compiler_found(),
-        precision=problem.precision,
+        precision=settings.precision,
     )
 
 
-def _empty_solution(problem: Problem, wanted: Wanted) -> Solution:
+def _empty_solution(problem: Problem, wanted: Wanted, plan: Plan) -> Solution:
     count, hidden_size = problem.student.shape
-    vocab_size = problem.weight.shape[0]
-    new = problem.student.new_zeros
-    dtype = problem.compute_dtype
-    nan = torch.full((len(Row), count), torch.nan, dtype=dtype, device=problem.student.device)
+    rows = problem.weight.shape[0]
+    new, dtype = problem.student.new_zeros, problem.compute_dtype
+    head_grad = problem.weight_grad_out
+    if wanted.weight and head_grad is None:
+        head_grad = new((rows, hidden_size), dtype=dtype)
     return Solution(
         loss=new((), dtype=dtype),
-        statistics=named_statistics(nan),
-        gradient_mass=nan[0].clone() if any(wanted) else None,
+        statistics=new((len(STATISTICS), count), dtype=dtype),
+        mass=new((2, count), dtype=dtype),
+        top=TopK.empty(problem),
         student_grad=new((count, hidden_size), dtype=dtype) if wanted.student else None,
-        weight_grad=new((vocab_size, hidden_size), dtype=dtype) if wanted.weight else None,
-        bias_grad=new((vocab_size,), dtype=dtype) if wanted.bias else None,
+        weight_grad=head_grad if wanted.weight else None,
+        bias_grad=new((rows,), dtype=dtype) if wanted.bias else None,
+        plan=plan,
     )
 
 
-def _allocate(problem: Problem, schedule: Schedule) -> Tensor:
-    """The logits of one chunk, all sides stacked: (sides * rows_per_chunk, V), reused."""
-    sides = max((g.sides for g in schedule.groups), default=1)
-    return torch.empty(
-        (sides * schedule.plan.rows_per_chunk, problem.weight.shape[0]),
-        dtype=problem.compute_dtype,
-        device=problem.student.device,
-    )
-
-
-def _chunk(
-    problem: Problem,
-    schedule: Schedule,
-    group: Group,
-    rows: Tensor,
-    heads: Heads,
-    buffers: Tensor,
-    solution: Solution,
-) -> None:
+def _chunk(work: Work, group: Group, rows: Tensor, solution: Solution) -> None:
     """Everything for one chunk of rows; adds its share to `solution`."""
+    problem, kernels = work.problem, work.kernels
     hidden = problem.student[rows].detach().to(problem.compute_dtype)
-    logits = _logits(problem, group, rows, hidden, heads, buffers)
-    wanted, fused = any(schedule.wanted), schedule.plan.fused
+    logits = _logits(work, group, rows, hidden)
+    targets = None if problem.targets is None else work.shard.local_targets(problem.targets[rows])
     passes = chunk_passes(problem, group)
-    inputs = [row_inputs(problem, each, rows, logits) for each in passes]
-    computed = [row_stats(p.spec, x, fused=fused) for p, x in zip(passes, inputs, strict=True)]
-
+    inputs = [row_inputs(problem, each, rows, logits, targets) for each in passes]
+    computed = [
+        chunk_statistics(kernels, p.spec, x, work.shard)
+        for p, x in zip(passes, inputs, strict=True)
+    ]
     statistics = merged_statistics(computed)
-    token_inputs = {name: value[rows] for name, value in problem.inputs.items()}
-    loss, gradients = _token_loss(problem, statistics, token_inputs, differentiate=wanted)
+    loss, gradients = _token_loss(problem, statistics, rows, differentiate=any(work.wanted))
     solution.loss += loss
-    for name, value in statistics.items():
-        solution.statistics[name][rows] = value
-    if not wanted:
+    for name in provided_statistics(problem, group):
+        solution.statistics[STATISTICS.index(name), rows] = statistics[name]
+    if problem.settings.top_k:
+        first, last = (passes[0].spec, inputs[0]), (passes[-1].spec, inputs[-1])
+        most_likely(solution.top, rows, first, last, statistics)
+    if not any(work.wanted):
         return
 
     # Written in place; a second pass has a buffer of its own and goes first, to read the logits.
-    targets = [logits[0], *(torch.empty_like(logits[0]) for _ in passes[1:])]
-    for each, x, target, values in reversed(
-        list(zip(passes, inputs, targets, computed, strict=True))
+    targets_of = [logits[0], *(torch.empty_like(logits[0]) for _ in passes[1:])]
+    for each, x, out, values in reversed(
+        list(zip(passes, inputs, targets_of, computed, strict=True))
     ):
         own = {name: gradients[name] for name in each.statistics if name in gradients}
         along = coefficients(own, values, jsd_complement=x.jsd_complement)
-        mass = row_grad(each.spec, x, values, along, target, fused=fused)
-    gradient, *others = targets
+        mass = kernels.grad(each.spec, x, values, along, out)
+    gradient, *others = targets_of
     for other in others:
         mass = gradient.add_(other).abs().sum(-1)
-    _accumulate(solution, gradient, mass, hidden, rows, heads)
+    solution.mass[0, rows] = mass
+    _accumulate(work, solution, gradient, hidden, rows)
 
 
-def _logits(
-    problem: Problem, group: Group, rows: Tensor, hidden: Tensor, heads: Heads, buffers: Tensor
-) -> list[Tensor]:
+def _logits(work: Work, group: Group, rows: Tensor, hidden: Tensor) -> list[Tensor]:
     """Raw logits (C, V) of the student, then of each side, a difference where it shares the head.
 
     All that goes through one head is one GEMM.
     """
-    count = rows.numel()
+    problem, heads, count = work.problem, work.heads, rows.numel()
+    columns = work.shard.columns
     sides = [
         (side, head)
         for side, head in ((group.teacher, heads.teacher), (group.reference, heads.reference))
@@ -202,7 +236,7 @@ def _logits(
     ]
     # In the buffer, differences come right after the student: they share its GEMM.
     sides.sort(key=lambda pair: not as_difference(problem, pair[0]))
-    blocks = torch.split(buffers[: (1 + len(sides)) * count], count)
+    blocks = torch.split(work.buffers[: (1 + len(sides)) * count], count)
     stacked = [hidden]
     for (side, head), block in zip(sides, blocks[1:], strict=True):
         other = side.hidden[rows].to(problem.compute_dtype)
@@ -211,11 +245,11 @@ def _logits(
             continue
         torch.mm(other, head.t(), out=block)
         if side.bias is not None:
-            block += side.bias
-    torch.mm(torch.cat(stacked), heads.student.t(), out=buffers[: len(stacked) * count])
+            block += side.bias[:columns]
+    torch.mm(torch.cat(stacked), heads.student.t(), out=work.buffers[: len(stacked) * count])
     if problem.bias is not None:
-        blocks[0].add_(problem.bias.detach())
-    if problem.precision == "bf16_logits":
+        blocks[0].add_(problem.bias[:columns].detach())
+    if problem.settings.precision == "bf16_logits":
         for block in blocks:
             block.copy_(block.bfloat16())
     order = {id(side): block for (side, _), block in zip(sides, blocks[1:], strict=True)}
@@ -224,39 +258,65 @@ def _logits(
 
 
 def _token_loss(
-    problem: Problem,
-    statistics: Mapping[str, Tensor],
-    inputs: Mapping[str, Tensor],
-    *,
-    differentiate: bool,
+    problem: Problem, statistics: Mapping[str, Tensor], rows: Tensor, *, differentiate: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The chunk's loss (), and its derivative by each differentiable statistic, (C,) each."""
+    inputs = {name: value[rows] for name, value in problem.inputs.items()}
+    weights = inputs["token_weights"]
+    read = {name: statistics[name] for name in problem.statistics}
 
-    def total(differentiable: dict[str, Tensor]) -> Tensor:
-        return problem.loss({**statistics, **differentiable}, inputs).sum()
-
-    variables = {name: statistics[name] for name in DIFFERENTIABLE}
+    variables = {name: value for name, value in read.items() if name in DIFFERENTIABLE}
     if not differentiate:
-        return total(variables), {}
-    # autograd does not run inside a custom function; torch.func does.
-    gradients, loss = torch.func.grad_and_value(total)(variables)
-    return loss, gradients
+        return (weights * problem.loss(read, inputs)).sum(), {}
+    with _recording():
+        leaves = {name: value.detach().requires_grad_() for name, value in variables.items()}
+        loss = (weights * problem.loss({**read, **leaves}, inputs)).sum()
+        found: tuple[Tensor | None, ...] = (None,) * len(leaves)
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    gradients = zip(leaves, found, strict=True)
+    return loss.detach(), {name: each for name, each in gradients if each is not None}
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Lets autograd record again, which does not inside a custom op: its keys are excluded there.
+
+    (torch.func.grad would do, but not below every dispatch mode.)
+    """
+    included = torch._C._dispatch_tls_local_include_set()
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in _AUTOGRAD_KEYS:
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
 
 
 def _accumulate(
-    solution: Solution,
-    gradient: Tensor,
-    mass: Tensor,
-    hidden: Tensor,
-    rows: Tensor,
-    heads: Heads,
+    work: Work, solution: Solution, gradient: Tensor, hidden: Tensor, rows: Tensor
 ) -> None:
-    """The two backward GEMMs of a chunk: dX = G W and dW += G^T X."""
-    if solution.gradient_mass is not None:
-        solution.gradient_mass[rows] = mass
+    """The two backward GEMMs of a chunk, dX = G W and dW += G^T X: whole, or on kept columns."""
+    settings, head = work.problem.settings, work.heads.student
+    columns = None
+    if settings.sparse_tolerance is not None:
+        columns = kept_columns(
+            gradient,
+            tolerance=settings.sparse_tolerance,
+            max_columns=settings.sparse_max_columns,
+        )
+    if columns is not None:
+        gradient, head = gradient[:, columns], head[columns]
+        kept = gradient.abs().sum(-1)
+        solution.mass[1, rows] = (solution.mass[0, rows] - kept).clamp(min=0)
     if solution.student_grad is not None:
-        solution.student_grad[rows] = gradient @ heads.student
-    if solution.weight_grad is not None:
-        solution.weight_grad.addmm_(gradient.t(), hidden)
-    if solution.bias_grad is not None:
-        solution.bias_grad += gradient.sum(0)
+        solution.student_grad[rows] = gradient @ head
+    for whole, part in ((solution.weight_grad, hidden), (solution.bias_grad, None)):
+        if whole is None:
+            continue
+        used = whole[: work.shard.columns]
+        if columns is not None:
+            used.index_add_(0, columns, gradient.sum(0) if part is None else gradient.t() @ part)
+        elif part is None:
+            used += gradient.sum(0)
+        else:
+            used.addmm_(gradient.t(), part)

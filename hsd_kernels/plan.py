@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
 
 DEFAULT_CHUNK_BYTES = 512 * 1024**2
 SMALLEST_FUSED_ELEMENTS = 1 << 22  # N x V; below, compiling costs more than it saves
 
-Precision = Literal["fp32_logits", "bf16_logits"]
+Precision = Literal["fp32_logits", "difference", "bf16_logits"]
+Backend = Literal["cpu", "triton", "reference"]
+_BACKENDS: tuple[Backend, ...] = ("cpu", "triton", "reference")
+_PRECISIONS: tuple[Precision, ...] = ("fp32_logits", "difference", "bf16_logits")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,19 +24,20 @@ class Plan:
     """What runs. Bytes are those of this call alone, beyond its inputs.
 
     Attributes:
-        backend: "cpu" or "reference".
+        backend: "cpu", "triton" or "reference".
         precision: how logits are held.
         fused: whether the elementwise work is compiled.
         rows: tokens that carry weight; the others enter no GEMM.
         rows_per_chunk: rows whose logits exist at one time.
         chunks: passes of the chunk loop.
-        gemms: matrix products, in units of 2 * rows * D * V FLOP.
+        gemms: matrix products, in units of 2 * rows * D * V FLOP; those that a sparse backward
+            saves are not known beforehand and are counted.
         synchronisations: times the host waits for a device.
         workspace_bytes: chunk buffers, fp32 copies of heads, gradients.
         traffic_bytes: modelled reads and writes of the chunk buffers by GEMMs and row kernels.
     """
 
-    backend: Literal["cpu", "reference"]
+    backend: Backend
     precision: Precision
     fused: bool
     rows: int
@@ -40,6 +47,24 @@ class Plan:
     synchronisations: int
     workspace_bytes: int
     traffic_bytes: int
+
+
+def record(plan: Plan) -> Tensor:
+    """The plan as fp64 numbers on the CPU: a custom op returns tensors, not objects."""
+    names = [_BACKENDS.index(plan.backend), _PRECISIONS.index(plan.precision)]
+    numbers = [getattr(plan, field.name) for field in fields(Plan)[2:]]
+    return torch.tensor([*names, *numbers], dtype=torch.float64)
+
+
+def from_record(values: Tensor) -> Plan:
+    """The inverse of `record`."""
+    backend, precision, *numbers = values.tolist()
+    own: dict[str, Any] = {
+        field.name: number if field.name == "gemms" else int(number)
+        for field, number in zip(fields(Plan)[2:], numbers, strict=True)
+    }
+    own["fused"] = bool(own["fused"])
+    return Plan(backend=_BACKENDS[int(backend)], precision=_PRECISIONS[int(precision)], **own)
 
 
 class RowGroup(NamedTuple):
@@ -57,6 +82,8 @@ def plan_groups(
     temperatures: int = 1,
     student_gradient: bool = True,
     weight_gradient: bool = True,
+    accumulated: bool = False,
+    sparse: bool = False,
     copied_heads: int = 0,
     element_bytes: int = 4,
     max_chunk_bytes: int | None = None,
@@ -76,6 +103,7 @@ def plan_groups(
     largest = max((group.rows for group in groups), default=0)
     # Equal chunks: a short last one would run its GEMMs at a worse shape.
     rows_per_chunk = math.ceil(largest / math.ceil(largest * row_bytes / budget)) if largest else 0
+    chunks = sum(math.ceil(group.rows / rows_per_chunk) for group in groups if group.rows)
     rows = sum(group.rows for group in groups)
     forward = sum(group.rows * group.sides for group in groups)
     backward = rows * (int(student_gradient) + int(weight_gradient))
@@ -87,12 +115,12 @@ def plan_groups(
         fused=compiled and rows * vocab_size >= SMALLEST_FUSED_ELEMENTS,
         rows=rows,
         rows_per_chunk=rows_per_chunk,
-        chunks=sum(math.ceil(group.rows / rows_per_chunk) for group in groups if group.rows),
+        chunks=chunks,
         gemms=(forward + backward) / rows if rows else 0.0,
-        synchronisations=1,
+        synchronisations=1 + (chunks if sparse and gradient else 0),
         workspace_bytes=rows_per_chunk * row_bytes
         + copied_heads * vocab_size * hidden_size * element_bytes
-        + (vocab_size * hidden_size * element_bytes if weight_gradient else 0)
+        + (vocab_size * hidden_size * element_bytes if weight_gradient and not accumulated else 0)
         + (rows * hidden_size * element_bytes if student_gradient else 0),
         traffic_bytes=(forward * (1 + kernel_reads) + gradient_writes + backward)
         * vocab_size

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hsd_kernels.checks import check_values
 from hsd_kernels.problem import Problem, Side
 
 
@@ -17,15 +18,15 @@ def dense_logits(
     problem: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor
 ) -> Tensor:
     """softcap * tanh(logit_scale * (x W^T + bias) / softcap) / temperature, (N, V)."""
-    dtype = problem.compute_dtype
-    logits = hidden.to(dtype) @ weight.to(dtype).T
+    dtype, settings = problem.compute_dtype, problem.settings
+    logits = hidden.to(dtype) @ weight[: settings.vocab_size].to(dtype).T
     if bias is not None:
-        logits = logits + bias.to(dtype)
-    if problem.precision == "bf16_logits":
+        logits = logits + bias[: settings.vocab_size].to(dtype)
+    if settings.precision == "bf16_logits":
         logits = logits.bfloat16().to(dtype)
-    logits = logits * problem.logit_scale
-    if problem.logit_softcap is not None:
-        logits = problem.logit_softcap * torch.tanh(logits / problem.logit_softcap)
+    logits = logits * settings.logit_scale
+    if settings.logit_softcap is not None:
+        logits = settings.logit_softcap * torch.tanh(logits / settings.logit_softcap)
     return logits / temperature[:, None]
 
 
@@ -50,7 +51,7 @@ def dense_statistics(problem: Problem) -> dict[str, Tensor]:
     if problem.teacher is not None:
         teacher_logits = other(problem.teacher, problem.teacher_temperature)
         log_q = teacher_logits.log_softmax(-1)
-        statistics |= divergences(kl_log_p, log_q, beta=problem.jsd_beta)
+        statistics |= divergences(kl_log_p, log_q, beta=problem.settings.jsd_beta)
         statistics["teacher_lse"] = teacher_logits.logsumexp(-1)
         statistics["teacher_entropy"] = -(log_q.exp() * log_q).sum(-1)
         agree = log_q.argmax(-1) == log_p.argmax(-1)
@@ -81,12 +82,20 @@ def divergences(log_p: Tensor, log_q: Tensor, *, beta: float) -> dict[str, Tenso
 
 def solve(problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss (), and every statistic (N,), with autograd through all of it."""
+    settings = problem.settings
+    for name in ("sparse_tolerance", "top_k", "group"):
+        if getattr(settings, name):
+            label = "process_group" if name == "group" else name
+            raise ValueError(f"{label}: found a value, expected none with backend='reference'")
+    if problem.weight_grad_out is not None:
+        raise ValueError("weight_grad_out: found a value, expected None with backend='reference'")
+    check_values(problem, settings.vocab_size)
     active = problem.active
     # What is given for a row of weight zero may be anything, and 0 * NaN is NaN.
     inputs = {name: torch.where(active, value, 0) for name, value in problem.inputs.items()}
     with torch.autocast(problem.student.device.type, enabled=False):
         statistics = dense_statistics(problem)
-        per_token = problem.loss(statistics, inputs)
+        per_token = inputs["token_weights"] * problem.loss(statistics, inputs)
     return torch.where(active, per_token, 0).sum(), statistics
 
 

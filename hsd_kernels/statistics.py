@@ -82,6 +82,15 @@ DIFFERENTIABLE: Final = (
 )
 """What a token loss may be differentiated by."""
 
+STATISTICS: Final = (
+    *DIFFERENTIABLE,
+    "teacher_lse",
+    "teacher_logprob",
+    "teacher_entropy",
+    "top1_agree",
+)
+"""All of them, those of the teacher are constants."""
+
 DIVERGENCES: Final = ("forward_kl", "reverse_kl", "jsd")
 
 

@@ -14,6 +14,7 @@ with the size of the logits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -58,3 +59,12 @@ class RowInputs(NamedTuple):
 def known_difference(spec: RowSpec, source: Source, *, of_teacher: bool) -> bool:
     """Whether the difference of the two sides' logits is the given difference times a factor."""
     return source == "difference" and not spec.softcap and (spec.same_temperature or not of_teacher)
+
+
+class RowKernels(NamedTuple):
+    """A backend's kernels, by the signatures of the module docstring."""
+
+    partials: Callable[..., Tensor]
+    mixture: Callable[..., Tensor]
+    grad: Callable[..., Tensor]
+    stats: Callable[[RowSpec, RowInputs], Tensor]  # (len(Row), C) of whole rows

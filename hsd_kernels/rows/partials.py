@@ -93,6 +93,15 @@ def excess(shift: Tensor, e: Tensor) -> Tensor:
     return torch.where(e.abs() < _SERIES_RADIUS, near, far)
 
 
+def empty_part(like: Tensor) -> Tensor:
+    """What a part without columns has seen of (C,) rows, (len(Partial), C)."""
+    part = torch.zeros((len(Partial), len(like)), dtype=like.dtype, device=like.device)
+    for line in (Partial.MAX, Partial.TEACHER_MAX, Partial.REFERENCE_MAX):
+        part[line] = -torch.inf
+    part[Partial.TARGET] = part[Partial.TEACHER_TARGET] = -torch.inf
+    return part
+
+
 def merge(spec: RowSpec, parts: Tensor) -> Tensor:
     """Parts in the order of their columns, (S, len(Partial), C), as one part (len(Partial), C).
 

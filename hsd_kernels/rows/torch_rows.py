@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hsd_kernels.rows import RowInputs, RowSpec, Source, known_difference
+from hsd_kernels.rows import RowInputs, RowKernels, RowSpec, Source, known_difference
 from hsd_kernels.rows.mixture import (
     finish_mixture,
     log_mixture_ratio,
@@ -40,13 +40,13 @@ _RECOMPUTE: dict[str, str | int | bool | Callable[..., Any]] = {
 
 
 def _logits(spec: RowSpec, raw: Tensor, x: RowInputs, inverse_temperature: Tensor) -> Tensor:
-    scaled = raw * x.logit_scale
+    scaled = raw.to(inverse_temperature.dtype) * x.logit_scale
     if spec.softcap:
         scaled = x.softcap * torch.tanh(scaled / x.softcap)
     return scaled * inverse_temperature[:, None]
 
 
-class _Logits(NamedTuple):
+class ChunkLogits(NamedTuple):
     """A chunk's logits, (C, V) each; a difference only where it is better than a subtraction."""
 
     z: Tensor
@@ -56,7 +56,8 @@ class _Logits(NamedTuple):
     z_minus_w: Tensor | None
 
 
-def _chunk_logits(spec: RowSpec, x: RowInputs) -> _Logits:
+def chunk_logits(spec: RowSpec, x: RowInputs) -> ChunkLogits:
+    """The logits that a reading's raw ones stand for."""
     z = _logits(spec, x.student, x, x.inverse_temperature)
 
     def other(
@@ -65,14 +66,15 @@ def _chunk_logits(spec: RowSpec, x: RowInputs) -> _Logits:
         if raw is None:
             return None, None
         if known_difference(spec, source, of_teacher=of_teacher):
-            difference = raw * (x.logit_scale * x.inverse_temperature[:, None])
+            factor = x.logit_scale * x.inverse_temperature[:, None]
+            difference = raw.to(factor.dtype) * factor
             return z - difference, difference
         own = x.student - raw if source == "difference" else raw
         return _logits(spec, own, x, inverse_temperature), None
 
     u, z_minus_u = other(spec.teacher, x.teacher, x.teacher_inverse_temperature, of_teacher=True)
     w, z_minus_w = other(spec.reference, x.reference, x.inverse_temperature, of_teacher=False)
-    return _Logits(z, u, z_minus_u, w, z_minus_w)
+    return ChunkLogits(z, u, z_minus_u, w, z_minus_w)
 
 
 def _step(
@@ -93,7 +95,7 @@ def _at(values: Tensor, columns: Tensor) -> Tensor:
 
 
 def _row_partials(spec: RowSpec, x: RowInputs) -> Tensor:
-    z, u, z_minus_u, w, z_minus_w = _chunk_logits(spec, x)
+    z, u, z_minus_u, w, z_minus_w = chunk_logits(spec, x)
     lines: dict[Partial, Tensor] = {}
 
     def side(logits: Tensor, first: Partial, target: Partial) -> tuple[Tensor, Tensor]:
@@ -145,7 +147,7 @@ def _row_partials(spec: RowSpec, x: RowInputs) -> Tensor:
 
 
 def _teacher_ratio(
-    logits: _Logits, rows: Tensor, log_ratio_sum: Tensor
+    logits: ChunkLogits, rows: Tensor, log_ratio_sum: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log p, log q and log p - log q, (C, V) each."""
     z, u, z_minus_u = logits.z, logits.u, logits.z_minus_u
@@ -158,7 +160,7 @@ def _teacher_ratio(
 
 
 def _row_mixture(spec: RowSpec, x: RowInputs, rows: Tensor) -> Tensor:
-    logits = _chunk_logits(spec, x)
+    logits = chunk_logits(spec, x)
     ratio = _teacher_ratio(logits, rows, rows[Row.FORWARD_LOG_RATIO])
     return mixture_sums(*ratio, rows[Row.MIXTURE_ANCHOR], x)
 
@@ -169,9 +171,9 @@ def _row_stats(spec: RowSpec, x: RowInputs) -> Tensor:
 
 
 def _row_grad(
-    spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coefficients, out: Tensor
+    spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coefficients, out: Tensor | None
 ) -> Tensor:
-    logits = _chunk_logits(spec, x)
+    logits = chunk_logits(spec, x)
     z, maximum = logits.z, rows[Row.MAX]
     c = Coefficients(*(value[:, None] for value in coefficients))
     centred = (z - maximum[:, None]) - rows[Row.LOGIT_MEAN][:, None]  # log p + H
@@ -201,9 +203,19 @@ def _row_grad(
     if spec.softcap:
         slope = slope * (1 - torch.tanh(x.student * x.logit_scale / x.softcap).square())
     gradient = gradient * slope
-    out.copy_(gradient)
+    (x.student if out is None else out).copy_(gradient)
     mass: Tensor = gradient.abs().sum(-1)
     return mass
+
+
+def row_kernels(*, fused: bool) -> RowKernels:
+    """These kernels, compiled or plain."""
+    return RowKernels(
+        partials=functools.partial(row_partials, fused=fused),
+        mixture=functools.partial(row_mixture, fused=fused),
+        grad=functools.partial(row_grad, fused=fused),
+        stats=functools.partial(row_stats, fused=fused),
+    )
 
 
 def row_partials(spec: RowSpec, x: RowInputs, *, first_column: int = 0, fused: bool) -> Tensor:
@@ -211,7 +223,7 @@ def row_partials(spec: RowSpec, x: RowInputs, *, first_column: int = 0, fused: b
     if fused:
         part = _fused(_row_partials, spec)(x)
     else:
-        part = torch.cat([_row_partials(spec, _slice(x, b)) for b in _blocks(x.student)], dim=-1)
+        part = torch.cat([_row_partials(spec, part) for b, part in row_blocks(x)], dim=-1)
     for top in (Partial.TOP, Partial.TEACHER_TOP):
         part[top] += first_column
     return part[None]
@@ -222,7 +234,7 @@ def row_mixture(spec: RowSpec, x: RowInputs, rows: Tensor, *, fused: bool) -> Te
     if fused:
         sums = _fused(_row_mixture, spec)(x, rows)
     else:
-        parts = [_row_mixture(spec, _slice(x, b), rows[:, b]) for b in _blocks(x.student)]
+        parts = [_row_mixture(spec, part, rows[:, b]) for b, part in row_blocks(x)]
         sums = torch.cat(parts, dim=-1)
     return sums[None]
 
@@ -231,7 +243,7 @@ def row_stats(spec: RowSpec, x: RowInputs, *, fused: bool) -> Tensor:
     """Statistics of a chunk of whole rows, (len(Row), C): all of the above at once."""
     if fused:
         return _fused(_row_stats, spec)(x)
-    return torch.cat([_row_stats(spec, _slice(x, b)) for b in _blocks(x.student)], dim=-1)
+    return torch.cat([_row_stats(spec, part) for b, part in row_blocks(x)], dim=-1)
 
 
 def row_grad(
@@ -245,26 +257,27 @@ def row_grad(
 ) -> Tensor:
     """Writes dL/d(raw logits) to `out`, (C, V); returns its L1 mass per row, (C,).
 
-    `out` may be one of `x`'s: an element is read before it is written.
+    `out` may be `x.student`: an element is read before it is written.
     """
     if fused:
-        return _fused(_row_grad, spec)(x, rows, coefficients, out)
+        # Given twice, the buffer would be copied: torch.compile takes inputs apart that overlap.
+        own = None if out is x.student else out
+        return _fused(_row_grad, spec)(x, rows, coefficients, own)
     masses = []
-    for b in _blocks(x.student):
+    for b, part in row_blocks(x):
         own = Coefficients(*(c[b] for c in coefficients))
-        masses.append(_row_grad(spec, _slice(x, b), rows[:, b], own, out[b]))
+        masses.append(_row_grad(spec, part, rows[:, b], own, out[b]))
     return torch.cat(masses)
 
 
-def _blocks(student: Tensor) -> list[slice]:
-    rows, columns = student.shape
-    size = max(1, _PLAIN_BLOCK_ELEMENTS // columns)
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
-
-
-def _slice(x: RowInputs, block: slice) -> RowInputs:
-    parts: list[Any] = [t if t is None or t.dim() == 0 else t[block] for t in x]
-    return RowInputs(*parts)
+def row_blocks(x: RowInputs) -> Iterator[tuple[slice, RowInputs]]:
+    """Blocks of rows that keep the temporaries of plain PyTorch small."""
+    rows, columns = x.student.shape
+    size = max(1, _PLAIN_BLOCK_ELEMENTS // max(columns, 1))
+    for start in range(0, rows, size):
+        block = slice(start, min(start + size, rows))
+        parts: list[Any] = [t if t is None or t.dim() == 0 else t[block] for t in x]
+        yield block, RowInputs(*parts)
 
 
 @functools.cache

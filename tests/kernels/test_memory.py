@@ -81,9 +81,9 @@ def test_nothing_of_n_x_v_elements_is_allocated(options):
 def test_a_deliberate_n_x_v_buffer_is_seen(monkeypatch):
     solve = ops.solve
 
-    def wasteful(problem, schedule):
+    def wasteful(problem, wanted):
         torch.empty(len(problem.student), len(problem.weight))
-        return solve(problem, schedule)
+        return solve(problem, wanted)
 
     monkeypatch.setattr(ops, "solve", wasteful)
     allocations = forward_and_backward(small_problem(), max_chunk_bytes=CHUNK_BYTES)

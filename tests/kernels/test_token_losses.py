@@ -60,7 +60,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms():
     s = statistics()
     rho = (s["logprob"] - old).exp()
     pg = -torch.minimum(rho * advantages, rho.clamp(0.9, 1.2) * advantages)
-    expected = given["token_weights"] * (
+    expected = (
         0.5 * kl_weights * 4.0 * s["jsd"]
         + 0.1 * ref_weights * s["ref_kl"]
         + 2.0 * pg_weights * pg
@@ -73,7 +73,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms():
 def test_only_the_chosen_divergence_carries_a_gradient(divergence):
     found = derivatives(HsdLoss(divergence=divergence), statistics(), inputs())
     assert found.keys() == {divergence}
-    torch.testing.assert_close(found[divergence], inputs()["token_weights"])
+    torch.testing.assert_close(found[divergence], torch.ones(N, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -92,17 +92,16 @@ def test_a_term_without_a_coefficient_is_not_read(loss):
 def test_the_cap_bounds_the_value_and_keeps_the_direction():
     kl, cap = values(0.1, 1.0, 2.0, 8.0, 0.0), 1.0
     loss = HsdLoss(divergence="forward_kl", token_kl_cap=cap)
-    weights = inputs()["token_weights"]
     stats = statistics(forward_kl=kl)
-    torch.testing.assert_close(loss(stats, inputs()), weights * kl.clamp(max=cap))
+    torch.testing.assert_close(loss(stats, inputs()), kl.clamp(max=cap))
     found = derivatives(loss, stats, inputs())["forward_kl"]
-    torch.testing.assert_close(found, weights * values(1, 1, 0.5, 0.125, 1))
+    torch.testing.assert_close(found, values(1, 1, 0.5, 0.125, 1))
 
 
 def test_the_cap_is_on_the_scaled_divergence():
     loss = HsdLoss(divergence="jsd", divergence_scale=10.0, token_kl_cap=1.0)
     stats = statistics(jsd=torch.full((N,), 0.2, dtype=torch.float64))
-    torch.testing.assert_close(loss(stats, inputs()), inputs()["token_weights"])
+    torch.testing.assert_close(loss(stats, inputs()), torch.ones(N, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("cap", [None, 0.5])
