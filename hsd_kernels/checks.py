@@ -161,7 +161,9 @@ def _outside(targets: Tensor, vocab_size: int) -> Tensor:
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}: found {value!r}, expected one of {', '.join(map(repr, choices))}")
+        raise ValueError(
+            f"{name}: found {value!r}, expected one of {', '.join(map(repr, choices))}"
+        )
     return value
 
 

@@ -20,6 +20,7 @@ e] = lse_y - y_k - log sum exp(x - x_k), which cancels nothing.
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
 from typing import Final, NamedTuple
 
@@ -77,6 +78,14 @@ _SERIES_RADIUS: Final = 0.5
 _LARGEST_ANCHORED: Final = 20.0  # nats of KL: above, the excess may overflow
 
 
+def exp_again(x: Tensor) -> Tensor:
+    """exp(x) for another reading of a row that has taken it once.
+
+    torch.compile would take the two for one, and store it as large as the logits in between.
+    """
+    return torch.exp2(x * math.log2(math.e))
+
+
 def excess(shift: Tensor, e: Tensor) -> Tensor:
     """exp(shift) (exp(e) - 1 - e) for shift <= 0: near zero by its series, else without overflow.
 
@@ -87,7 +96,7 @@ def excess(shift: Tensor, e: Tensor) -> Tensor:
     series = torch.zeros_like(e)
     for divisor in range(terms + 2, 2, -1):
         series = (series + 1) * (e * (1 / divisor))
-    weight = shift.exp()
+    weight = exp_again(shift)
     near = weight * (e * e * (0.5 * (series + 1)))
     far = (shift + e).clamp(max=EXPONENT_LIMIT).exp() - weight * (1 + e)
     return torch.where(e.abs() < _SERIES_RADIUS, near, far)

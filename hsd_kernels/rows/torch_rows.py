@@ -21,7 +21,7 @@ from hsd_kernels.rows.mixture import (
     mass_difference,
     mixture_sums,
 )
-from hsd_kernels.rows.partials import Partial, excess, finish
+from hsd_kernels.rows.partials import Partial, excess, exp_again, finish
 from hsd_kernels.statistics import Coefficients, Row
 
 _SUM_OF = {  # the base's sum, by a pair's first line
@@ -101,10 +101,9 @@ def _row_partials(spec: RowSpec, x: RowInputs) -> Tensor:
     def side(logits: Tensor, first: Partial, target: Partial) -> tuple[Tensor, Tensor]:
         maximum, top = logits.amax(-1), logits.argmax(-1, keepdim=True)
         shifted = logits - maximum[:, None]
-        weight = shifted.exp()
-        total = lines[Partial(first + 1)] = weight.sum(-1)
+        total = lines[Partial(first + 1)] = shifted.exp().sum(-1)
         lines[first] = maximum
-        lines[Partial(first + 2)] = (weight * shifted).sum(-1) / total
+        lines[Partial(first + 2)] = (exp_again(shifted) * shifted).sum(-1) / total
         lines[Partial(first + 3)] = top.squeeze(-1).to(maximum.dtype)
         if x.targets is not None:
             inside = x.targets >= 0
@@ -124,7 +123,7 @@ def _row_partials(spec: RowSpec, x: RowInputs) -> Tensor:
         e = _step(base, base_max, other, difference, anchor)
         shifted = base - base_max[:, None]
         total = lines[_SUM_OF[first]]
-        mean = (shifted.exp() * e).sum(-1) / total
+        mean = (exp_again(shifted) * e).sum(-1) / total
         lines[first], lines[Partial(first + 1)] = anchor, mean
         lines[Partial(first + 2)] = excess(shifted, e - mean[:, None]).sum(-1) / total
 
@@ -261,8 +260,8 @@ def row_grad(
     """
     if fused:
         # Given twice, the buffer would be copied: torch.compile takes inputs apart that overlap.
-        own = None if out is x.student else out
-        return _fused(_row_grad, spec)(x, rows, coefficients, own)
+        elsewhere = None if out is x.student else out
+        return _fused(_row_grad, spec)(x, rows, coefficients, elsewhere)
     masses = []
     for b, part in row_blocks(x):
         own = Coefficients(*(c[b] for c in coefficients))
