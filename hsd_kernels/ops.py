@@ -247,8 +247,8 @@ def _scale_gradients(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, .
     gradients: list[Any] = [None] * len(_PARAMETERS)
     gradients[_PARAMETERS.index("input_values")] = [None] * ctx.inputs
     if upstream is not None:
-        count = len(ctx.wanted)
-        formed, inputs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        saved, count = ctx.saved_tensors, len(ctx.wanted)
+        formed, inputs = saved[:count], saved[count:]
         for name, gradient, of in zip(ctx.wanted, formed, inputs, strict=True):
             scaled = torch.ops.hsd_kernels.scale(gradient, upstream, of)
             gradients[_PARAMETERS.index(name)] = scaled
