@@ -1,0 +1,44 @@
+"""What the ranks of test_sharded.py solve, and how a head is cut for them."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import torch
+from kernel_problems import Draw, cast
+
+LEARNED = ("student_hidden", "weight", "bias")
+VOCAB = 37
+# Rows of the head by rank, for 2 and for 3 ranks. "padded" gives one rank padding alone.
+SPLITS: dict[int, dict[str, list[int]]] = {
+    2: {"even": [20, 20], "uneven": [7, 33], "padded": [37, 3]},
+    3: {"uneven": [3, 30, 7], "padded": [30, 7, 3]},
+}
+CASES: dict[str, dict[str, Any]] = {
+    "forward_kl": {},
+    "reverse_kl": {"divergence": "reverse_kl"},
+    "jsd": {"divergence": "jsd", "jsd_beta": 0.3},
+    "terms": {"divergence": "jsd", "entropy_coef": 0.1, "kl_temperature": 0.7},
+    "softcap": {"logit_softcap": 3.0, "max_chunk_bytes": 2 * VOCAB * 4 * 5},
+    "sparse": {"sparse_tolerance": 1e-7, "sparse_max_columns": VOCAB},
+}
+
+
+def problem(case: str) -> dict[str, Any]:
+    """A head of 40 rows, 37 of them in use."""
+    draw = Draw((11,), 8, 40)
+    given = draw.problem() | {"vocab_size": VOCAB, "token_weights": draw.masked()}
+    given["targets"] = given["targets"] % VOCAB
+    if case == "terms":
+        given |= {"ref_hidden": draw.states(), "ref_weight": draw.head(), "ref_coef": 0.3}
+        given |= {"advantages": draw.per_token(-1, 1)}
+    return cast(given, torch.float32) | CASES[case]
+
+
+def shard(given: dict[str, Any], sizes: list[int], rank: int) -> dict[str, Any]:
+    """The rank's rows of every head."""
+    end = list(accumulate(sizes))[rank]
+    own = slice(end - sizes[rank], end)
+    heads = ("weight", "bias", "ref_weight")
+    return {name: value[own] if name in heads else value for name, value in given.items()}

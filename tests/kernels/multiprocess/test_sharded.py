@@ -1,0 +1,86 @@
+"""A head whose rows lie on several ranks, against one process with the whole of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, LEARNED, SPLITS, problem
+from kernel_problems import cast, relative_error, truth
+from safetensors.torch import load_file
+
+from hsd_kernels import vocab_statistics
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=list(SPLITS))
+def solved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    size = request.param
+    folder = tmp_path_factory.mktemp("ranks")
+    here = Path(__file__).parent
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CXX": "none",
+        "PYTHONPATH": os.pathsep.join(
+            [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
+        ),
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    ran = subprocess.run(
+        [*command, f"--nproc-per-node={size}", str(here / "rank.py"), str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return size, folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_agree_with_one_process(solved, case):
+    size, folder = solved
+    given = problem(case)
+    dense = {k: v for k, v in given.items() if not k.startswith("sparse")}
+    expected = truth(dense)
+    for split in SPLITS[size]:
+        ranks = [load_file(folder / f"{split}-{case}-{rank}.safetensors") for rank in range(size)]
+        for found in ranks:
+            torch.testing.assert_close(found["loss"].double(), expected.loss, rtol=1e-5, atol=1e-7)
+            assert_gradient(found["grad.student_hidden"], expected.gradients["student_hidden"])
+        for name in LEARNED[1:]:
+            whole = torch.cat([found[f"grad.{name}"] for found in ranks])
+            assert_gradient(whole, expected.gradients[name])
+            assert whole[37:].count_nonzero() == 0
+        for name in ("kl", "ref_kl", "logprob", "entropy", "lse", "top1_agree"):
+            wanted = getattr(expected.stats, name)
+            for found in ranks if wanted is not None else []:
+                torch.testing.assert_close(
+                    found[f"stats.{name}"].double(), wanted, rtol=1e-4, atol=1e-6, equal_nan=True
+                )
+
+
+def assert_gradient(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Close, where a gradient that is wrong would not be."""
+    assert relative_error(found, expected) <= 1e-5
+    for wrong in (found * 0, found * 1.05, found.roll(1, 0)):
+        assert relative_error(wrong, expected) > 1e-3
+
+
+def test_statistics_and_their_gradient_are_those_of_the_whole_vocabulary(solved):
+    size, folder = solved
+    given = cast(problem("forward_kl"), torch.float64)
+    student = given["student_hidden"].requires_grad_()
+    names = ("teacher_hidden", "weight", "bias", "targets", "vocab_size")
+    found = vocab_statistics(student, **{n: given[n] for n in names}, backend="reference")
+    (found.forward_kl.sum() * found.entropy.sum()).backward()
+    for split in SPLITS[size]:
+        for rank in range(size):
+            gradient = load_file(folder / f"{split}-statistics-{rank}.safetensors")["grad"]
+            assert_gradient(gradient, student.grad)
