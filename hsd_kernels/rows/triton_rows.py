@@ -14,15 +14,9 @@ from torch import Tensor
 
 from hsd_kernels.rows import RowInputs, RowSpec, known_difference
 from hsd_kernels.rows.partials import Partial
-from hsd_kernels.rows.triton_kernels import (
-    PITCH_MULTIPLE,
-    Biases,
-    Known,
-    column_mass_kernel,
-    gradient_kernel,
-    mixture_kernel,
-    partials_kernel,
-)
+from hsd_kernels.rows.triton_gradient import column_mass_kernel, gradient_kernel
+from hsd_kernels.rows.triton_statistics import mixture_kernel, partials_kernel
+from hsd_kernels.rows.triton_tile import PITCH_MULTIPLE, Biases, Known
 from hsd_kernels.statistics import Coefficients
 
 TILE = 4096  # columns; a tile's two sides are 32 registers a thread
