@@ -61,13 +61,6 @@ def _gradient(
     return tl.where(columns < end, gradient, 0.0)
 
 
-@triton.jit
-def _rounded(values, DTYPE: tl.constexpr):
-    if DTYPE.primitive_bitwidth < 32:  # named: the interpreter would truncate
-        values = values.to(DTYPE, fp_downcast_rounding="rtne")
-    return values
-
-
 @triton.jit(do_not_specialize=COUNTS)
 def gradient_kernel(
     x, biases, statistics, c, out, masses, rows, columns, pitch, out_pitch, tiles,
@@ -85,7 +78,7 @@ def gradient_kernel(
             writable = inside < whole(columns)
             tl.store(
                 out + row.to(tl.int64) * out_pitch + inside,
-                _rounded(gradient, out.dtype.element_ty),
+                math.rounded(gradient, out.dtype.element_ty),
                 mask=writable,
             )
             tl.store(masses + tile.to(tl.int64) * rows + row, tl.sum(tl.abs(gradient)))

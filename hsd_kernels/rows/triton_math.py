@@ -44,7 +44,7 @@ def expm1(x):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) to 2 ulp, for x > -1."""
+    """log(1 + x) to 2 ulp, for -1 < x <= 1e38."""
     # 1 + x = 2^k (1 + f) with -1/4 <= f < 1/2; f comes from x itself, not from the rounded 1 + x.
     bits = (1.0 + x).to(tl.int32, bitcast=True)
     k = (bits - 0x3F400000) >> 23
@@ -111,3 +111,14 @@ def log_mixture_ratio(log_ratio, beta, complement):
     of_student = tl.where(student_heavier, of_heavier, of_lighter)
     of_teacher = tl.where(student_heavier, of_lighter, of_heavier)
     return of_student, of_teacher
+
+
+@triton.jit
+def rounded(values, DTYPE: tl.constexpr):
+    """fp32 values in DTYPE, to nearest even, which the interpreter does for bf16 by truncation."""
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
+        bits = values.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        nearest = bits.to(tl.float32, bitcast=True)  # which bf16 holds exactly
+        values = tl.where(values == values, nearest, values)  # a NaN could carry into the sign
+    return values.to(DTYPE)
