@@ -9,12 +9,16 @@ for and does not check is therefore an error: freeze it.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+
+# Before anything imports triton, which then makes interpreted kernels of its own library too.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 GRADIENTS = ("student_grad", "weight_grad", "bias_grad")
 MUTATIONS: dict[str, Callable[[Any], Any]] = {

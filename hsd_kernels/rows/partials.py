@@ -74,7 +74,7 @@ _FORWARD: Final = _Pair(Partial.TEACHER_MAX, Partial.MAX, Partial.FORWARD_ANCHOR
 _REVERSE: Final = _Pair(Partial.MAX, Partial.TEACHER_MAX, Partial.REVERSE_ANCHOR)
 _REFERENCE: Final = _Pair(Partial.MAX, Partial.REFERENCE_MAX, Partial.REFERENCE_ANCHOR)
 
-_SERIES_RADIUS: Final = 0.5
+SERIES_RADIUS: Final = 0.5
 _LARGEST_ANCHORED: Final = 20.0  # nats of KL: above, the excess may overflow
 
 
@@ -99,7 +99,7 @@ def excess(shift: Tensor, e: Tensor) -> Tensor:
     weight = exp_again(shift)
     near = weight * (e * e * (0.5 * (series + 1)))
     far = (shift + e).clamp(max=EXPONENT_LIMIT).exp() - weight * (1 + e)
-    return torch.where(e.abs() < _SERIES_RADIUS, near, far)
+    return torch.where(e.abs() < SERIES_RADIUS, near, far)
 
 
 def empty_part(like: Tensor) -> Tensor:

@@ -1,0 +1,209 @@
+"""The row kernels in Triton: the contract of `hsd_kernels.rows`, launched.
+
+A row is cut into tiles of `TILE` columns, and every tile is a part of its own: statistics do not
+depend, to the bit, on how tiles are distributed over programs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from hsd_kernels.rows import RowInputs, RowSpec, known_difference
+from hsd_kernels.rows.partials import Partial
+from hsd_kernels.rows.triton_gradient import column_mass_kernel, gradient_kernel
+from hsd_kernels.rows.triton_statistics import mixture_kernel, partials_kernel
+from hsd_kernels.rows.triton_tile import PITCH_MULTIPLE, Biases, Known
+from hsd_kernels.statistics import Coefficients
+
+TILE = 4096  # columns; a tile's two sides are 32 registers a thread
+_WARPS = 8
+_ROW_BLOCK = 128  # rows of one sum of column masses
+_NO_BIASES = Biases()
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def row_buffer(rows: int, columns: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised (rows, columns) view of rows of the pitch that the kernels need."""
+    pitch = max(triton.cdiv(columns, PITCH_MULTIPLE), 1) * PITCH_MULTIPLE
+    return torch.empty((rows, pitch), dtype=dtype, device=device)[:, :columns]
+
+
+def row_partials(
+    spec: RowSpec,
+    x: RowInputs,
+    *,
+    biases: Biases = _NO_BIASES,
+    first_column: int = 0,
+    tiles_per_program: int = 1,
+) -> Tensor:
+    """Statistics of each tile of a row, (tiles, len(Partial), C) fp32, see `Partial`.
+
+    Args:
+        x: sides (C, V) fp32, bf16 or fp16, of one pitch, see `row_buffer`.
+        biases: to be added to raw logits; None where the GEMM has, or where there is none.
+        first_column: the column of the vocabulary that is column 0 here.
+        tiles_per_program: the distribution of tiles over programs; the result is the same.
+
+    Raises:
+        ValueError: where a tensor's strides or dtype do not suit the kernels.
+    """
+    rows, columns, pitch = _shape(x, biases)
+    tiles = max(triton.cdiv(columns, TILE), 1)
+    parts = x.student.new_empty((tiles, len(Partial), rows), dtype=torch.float32)
+    if rows:
+        launch(
+            partials_kernel, (rows, triton.cdiv(tiles, tiles_per_program)),
+            x, biases, parts, rows, columns, pitch, tiles, first_column,
+            SPEC=spec, KNOWN=_known(spec), TILE=TILE, RUN=tiles_per_program, num_warps=_WARPS,
+        )  # fmt: skip
+    return parts
+
+
+def row_mixture(
+    spec: RowSpec,
+    x: RowInputs,
+    rows: Tensor,
+    *,
+    biases: Biases = _NO_BIASES,
+    tiles_per_program: int = 1,
+) -> Tensor:
+    """The sums of `mixture.mixture_sums` over each tile, (tiles, 3, C) fp32.
+
+    Args:
+        rows: (len(Row), C) fp32, what `partials.finish` made of the rows' parts.
+    """
+    count, columns, pitch = _shape(x, biases)
+    tiles = max(triton.cdiv(columns, TILE), 1)
+    sums = x.student.new_empty((tiles, 3, count), dtype=torch.float32)
+    if count:
+        launch(
+            mixture_kernel, (count, triton.cdiv(tiles, tiles_per_program)),
+            x, biases, rows.contiguous(), sums, count, columns, pitch, tiles,
+            SPEC=spec, KNOWN=_known(spec), TILE=TILE, RUN=tiles_per_program, num_warps=_WARPS,
+        )  # fmt: skip
+    return sums
+
+
+def row_grad(
+    spec: RowSpec,
+    x: RowInputs,
+    rows: Tensor,
+    coefficients: Coefficients,
+    out: Tensor,
+    *,
+    biases: Biases = _NO_BIASES,
+    tiles_per_program: int = 1,
+) -> Tensor:
+    """Writes dL/d(raw logits) to `out`, (C, V); returns its L1 mass per row before rounding, (C,).
+
+    Args:
+        rows: (len(Row), C) fp32 statistics.
+        out: fp32, bf16 or fp16 with the pitch of `row_buffer`, rounded to nearest even. It may be
+            `x.student`, or memory of it that is viewed as another dtype of the same size.
+
+    Raises:
+        ValueError: where a tensor's strides or dtype do not suit the kernels, or where `out`
+            overlaps an input otherwise: other programs would still have to read it.
+    """
+    count, columns, pitch = _shape(x, biases)
+    if out.shape != x.student.shape:
+        raise ValueError(f"out: found shape {tuple(out.shape)}, expected {(count, columns)}")
+    _check_rows("out", out)
+    _check_overlap(out, x)
+    tiles = max(triton.cdiv(columns, TILE), 1)
+    masses = x.student.new_empty((tiles, count), dtype=torch.float32)
+    if count:
+        launch(
+            gradient_kernel, (count, triton.cdiv(tiles, tiles_per_program)),
+            x, biases, rows.contiguous(), Coefficients(*(c.contiguous() for c in coefficients)),
+            out, masses, count, columns, pitch, out.stride(0), tiles,
+            SPEC=spec, KNOWN=_known(spec), TILE=TILE, RUN=tiles_per_program, num_warps=_WARPS,
+        )  # fmt: skip
+    return masses.sum(0)
+
+
+def column_mass(gradient: Tensor) -> Tensor:
+    """sum |gradient| (C, V) of each column, (V,) fp32: sums over blocks of rows, then of these."""
+    _check_rows("gradient", gradient)
+    rows, columns = gradient.shape
+    blocks = gradient.new_empty((triton.cdiv(rows, _ROW_BLOCK), columns), dtype=torch.float32)
+    if blocks.numel():
+        step, width = 8, 512
+        launch(
+            column_mass_kernel, (len(blocks), triton.cdiv(columns, width)),
+            gradient, blocks, rows, columns, gradient.stride(0),
+            BLOCK=_ROW_BLOCK, STEP=step, WIDTH=width, num_warps=4,
+        )  # fmt: skip
+    return blocks.sum(0)
+
+
+def launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **options: Any) -> None:
+    """Every launch goes through here, where a tool can see what would be compiled."""
+    kernel[grid](*arguments, **options)
+
+
+def _known(spec: RowSpec) -> Known:
+    return Known(
+        teacher=known_difference(spec, spec.teacher, of_teacher=True),
+        reference=known_difference(spec, spec.reference, of_teacher=False),
+    )
+
+
+def _shape(x: RowInputs, biases: Biases) -> tuple[int, int, int]:
+    """Rows, columns and pitch of all sides."""
+    sides = {"student": x.student, "teacher": x.teacher, "reference": x.reference}
+    for name, side in sides.items():
+        if side is None:
+            continue
+        _check_rows(name, side)
+        if side.shape != x.student.shape or side.stride() != x.student.stride():
+            raise ValueError(
+                f"{name}: found shape {tuple(side.shape)} and strides {side.stride()}, expected "
+                f"the student's, {tuple(x.student.shape)} and {x.student.stride()}"
+            )
+    for name, bias in biases._asdict().items():
+        if bias is not None:
+            _check_rows(f"bias of the {name}", bias[None])
+    rows, columns = x.student.shape
+    return rows, columns, x.student.stride(0)
+
+
+def _check_rows(name: str, tensor: Tensor) -> None:
+    """What 128-bit accesses to every row need."""
+    rows, columns = tensor.shape
+    if tensor.dtype not in _DTYPES:
+        raise ValueError(f"{name}: found {tensor.dtype}, expected float32, bfloat16 or float16")
+    whole = triton.cdiv(columns, PITCH_MULTIPLE) * PITCH_MULTIPLE
+    end = tensor.storage_offset() + (rows - 1) * tensor.stride(0) + whole
+    fits = rows == 0 or end * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    aligned = tensor.data_ptr() % 16 == 0 and (rows <= 1 or tensor.stride(0) % PITCH_MULTIPLE == 0)
+    if not (fits and aligned and (columns <= 1 or tensor.stride(1) == 1)):
+        raise ValueError(
+            f"{name}: found strides {tensor.stride()} at byte {tensor.data_ptr() % 16} of 16, "
+            f"expected rows of a pitch that is a multiple of {PITCH_MULTIPLE} elements, whole "
+            "to the last one, as row_buffer makes them"
+        )
+
+
+def _check_overlap(out: Tensor, x: RowInputs) -> None:
+    def span(tensor: Tensor) -> tuple[int, int]:
+        size = tensor.element_size()
+        return tensor.data_ptr(), tensor.data_ptr() + tensor.shape[0] * tensor.stride(0) * size
+
+    first, last = span(out)
+    for name, side in (("student", x.student), ("teacher", x.teacher), ("reference", x.reference)):
+        if side is None or not (first < span(side)[1] and span(side)[0] < last):
+            continue
+        if (
+            first != side.data_ptr()
+            or out.stride() != side.stride()
+            or (out.element_size() != side.element_size())
+        ):
+            raise ValueError(
+                f"out: found memory of the {name} with another layout or element size, expected "
+                "the same elements or memory of its own"
+            )
