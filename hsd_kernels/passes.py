@@ -36,7 +36,13 @@ class Pass(NamedTuple):
 
 
 def as_difference(problem: Problem, side: Side) -> bool:
-    return side.shared_head and problem.settings.precision != "bf16_logits"
+    """Whether a side's logits come as their difference to the student's.
+
+    Narrow operands cannot hold the difference of hidden states: it would be rounded once more.
+    """
+    settings = problem.settings
+    exact = settings.backend == "cpu" or problem.student.dtype == problem.compute_dtype
+    return side.shared_head and settings.precision != "bf16_logits" and exact
 
 
 def chunk_passes(problem: Problem, group: Group) -> list[Pass]:

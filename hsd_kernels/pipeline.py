@@ -6,14 +6,14 @@ It knows no divergence: what a row's statistics mean is in `statistics`, how a l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hsd_kernels.backends import Device, device_of, multiply, multiply_add
+from hsd_kernels.differentiation import token_loss
 from hsd_kernels.parallel import Shard, shard_of
 from hsd_kernels.passes import (
     Group,
@@ -26,18 +26,10 @@ from hsd_kernels.passes import (
 )
 from hsd_kernels.plan import Plan, RowGroup, plan_groups
 from hsd_kernels.problem import Problem, Side
-from hsd_kernels.rows import RowKernels
-from hsd_kernels.rows.torch_rows import compiler_found, row_kernels
+from hsd_kernels.rows.torch_rows import compiler_found
 from hsd_kernels.sparse import kept_columns
-from hsd_kernels.statistics import DIFFERENTIABLE, STATISTICS, coefficients
+from hsd_kernels.statistics import STATISTICS, coefficients
 from hsd_kernels.top_k import TopK, most_likely
-
-_AUTOGRAD_KEYS = (
-    torch._C.DispatchKey.AutogradCPU,
-    torch._C.DispatchKey.AutogradCUDA,
-    torch._C.DispatchKey.AutogradOther,
-    torch._C.DispatchKey.ADInplaceOrView,
-)
 
 
 @dataclass
@@ -66,7 +58,7 @@ class Wanted(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """The heads' columns in use, in the compute dtype."""
+    """The heads' columns in use, in the operands' dtype."""
 
     student: Tensor  # (V, D)
     teacher: Tensor
@@ -80,9 +72,10 @@ class Work(NamedTuple):
     wanted: Wanted
     shard: Shard
     plan: Plan
-    kernels: RowKernels
+    device: Device
     heads: Heads
     buffers: Tensor  # (sides * rows_per_chunk, V) the logits of one chunk, all sides stacked
+    gradient: Tensor | None  # (rows_per_chunk, V) where it is narrower than the logits
 
 
 def solve(problem: Problem, wanted: Wanted) -> Solution:
@@ -95,18 +88,22 @@ def solve(problem: Problem, wanted: Wanted) -> Solution:
     shard = shard_of(settings.group, len(problem.weight), settings.vocab_size, device)
     groups = _groups(problem)
     plan = _plan(problem, groups, wanted, shard)
+    backend = device_of(problem, fused=plan.fused)
+    sides = max((group.sides for group in groups), default=1)
+    narrow = backend.operand_dtype != problem.compute_dtype
+
+    def rows_of(count: int, dtype: torch.dtype) -> Tensor:
+        return backend.new_rows(count * plan.rows_per_chunk, shard.columns, dtype)
+
     work = Work(
         problem=problem,
         wanted=wanted,
         shard=shard,
         plan=plan,
-        kernels=row_kernels(fused=plan.fused),
-        heads=_heads(problem, shard.columns),
-        buffers=torch.empty(
-            (max((g.sides for g in groups), default=1) * plan.rows_per_chunk, shard.columns),
-            dtype=problem.compute_dtype,
-            device=device,
-        ),
+        device=backend,
+        heads=_heads(problem, shard.columns, backend.operand_dtype),
+        buffers=rows_of(sides, problem.compute_dtype),
+        gradient=rows_of(1, backend.operand_dtype) if narrow and any(wanted) else None,
     )
     solution = _empty_solution(problem, wanted, plan)
     for group in groups:
@@ -134,20 +131,21 @@ def _groups(problem: Problem) -> list[Group]:
     return groups
 
 
-def _heads(problem: Problem, columns: int) -> Heads:
-    def compute(side: Side | None) -> Tensor:
+def _heads(problem: Problem, columns: int, dtype: torch.dtype) -> Heads:
+    def operand(side: Side | None) -> Tensor:
         if side is None or side.shared_head:
             return student
-        return side.weight[:columns].to(problem.compute_dtype)
+        return side.weight[:columns].to(dtype)
 
-    student = problem.weight[:columns].detach().to(problem.compute_dtype)
-    return Heads(student, compute(problem.teacher), compute(problem.reference))
+    student = problem.weight[:columns].detach().to(dtype)
+    return Heads(student, operand(problem.teacher), operand(problem.reference))
 
 
 def _plan(problem: Problem, groups: list[Group], wanted: Wanted, shard: Shard) -> Plan:
     sides = [side for side in (problem.teacher, problem.reference) if side is not None]
-    narrow = problem.weight.dtype != problem.compute_dtype
     settings = problem.settings
+    narrow = problem.weight.dtype != problem.compute_dtype
+    copied = settings.backend == "cpu" and narrow
     return plan_groups(
         [RowGroup(group.rows.numel(), group.sides) for group in groups],
         problem.weight.shape[1],
@@ -157,10 +155,12 @@ def _plan(problem: Problem, groups: list[Group], wanted: Wanted, shard: Shard) -
         weight_gradient=wanted.weight,
         accumulated=problem.weight_grad_out is not None,
         sparse=settings.sparse_tolerance is not None,
-        copied_heads=int(narrow) * (1 + sum(not side.shared_head for side in sides)),
+        copied_heads=int(copied) * (1 + sum(not side.shared_head for side in sides)),
         element_bytes=torch.finfo(problem.compute_dtype).bits // 8,
         max_chunk_bytes=settings.max_chunk_bytes,
+        gradient_bytes=problem.weight.element_size() if narrow and not copied else 0,
         compiled=compiler_found(),
+        backend=settings.backend,
         precision=settings.precision,
     )
 
@@ -186,8 +186,8 @@ def _empty_solution(problem: Problem, wanted: Wanted, plan: Plan) -> Solution:
 
 def _chunk(work: Work, group: Group, rows: Tensor, solution: Solution) -> None:
     """Everything for one chunk of rows; adds its share to `solution`."""
-    problem, kernels = work.problem, work.kernels
-    hidden = problem.student[rows].detach().to(problem.compute_dtype)
+    problem, kernels = work.problem, work.device.kernels
+    hidden = problem.student[rows].detach().to(work.device.operand_dtype)
     logits = _logits(work, group, rows, hidden)
     targets = None if problem.targets is None else work.shard.local_targets(problem.targets[rows])
     passes = chunk_passes(problem, group)
@@ -197,7 +197,7 @@ def _chunk(work: Work, group: Group, rows: Tensor, solution: Solution) -> None:
         for p, x in zip(passes, inputs, strict=True)
     ]
     statistics = merged_statistics(computed)
-    loss, gradients = _token_loss(problem, statistics, rows, differentiate=any(work.wanted))
+    loss, gradients = token_loss(problem, statistics, rows, differentiate=any(work.wanted))
     solution.loss += loss
     for name in provided_statistics(problem, group):
         solution.statistics[STATISTICS.index(name), rows] = statistics[name]
@@ -207,17 +207,19 @@ def _chunk(work: Work, group: Group, rows: Tensor, solution: Solution) -> None:
     if not any(work.wanted):
         return
 
-    # Written in place; a second pass has a buffer of its own and goes first, to read the logits.
-    targets_of = [logits[0], *(torch.empty_like(logits[0]) for _ in passes[1:])]
+    # Written in place where dtypes allow; a second pass goes first, to read the logits.
+    own = logits[0] if work.gradient is None else work.gradient[: rows.numel()]
+    new_rows = work.device.new_rows
+    targets_of = [own, *(new_rows(len(own), own.shape[1], own.dtype) for _ in passes[1:])]
     for each, x, out, values in reversed(
         list(zip(passes, inputs, targets_of, computed, strict=True))
     ):
-        own = {name: gradients[name] for name in each.statistics if name in gradients}
-        along = coefficients(own, values, jsd_complement=x.jsd_complement)
+        read = {name: gradients[name] for name in each.statistics if name in gradients}
+        along = coefficients(read, values, jsd_complement=x.jsd_complement)
         mass = kernels.grad(each.spec, x, values, along, out)
     gradient, *others = targets_of
     for other in others:
-        mass = gradient.add_(other).abs().sum(-1)
+        mass = gradient.add_(other).abs().sum(-1, dtype=problem.compute_dtype)
     solution.mass[0, rows] = mass
     _accumulate(work, solution, gradient, hidden, rows)
 
@@ -239,14 +241,14 @@ def _logits(work: Work, group: Group, rows: Tensor, hidden: Tensor) -> list[Tens
     blocks = torch.split(work.buffers[: (1 + len(sides)) * count], count)
     stacked = [hidden]
     for (side, head), block in zip(sides, blocks[1:], strict=True):
-        other = side.hidden[rows].to(problem.compute_dtype)
+        other = side.hidden[rows].to(work.device.operand_dtype)
         if as_difference(problem, side):
             stacked.append(hidden - other)
             continue
-        torch.mm(other, head.t(), out=block)
+        multiply(other, head.t(), block)
         if side.bias is not None:
             block += side.bias[:columns]
-    torch.mm(torch.cat(stacked), heads.student.t(), out=work.buffers[: len(stacked) * count])
+    multiply(torch.cat(stacked), heads.student.t(), work.buffers[: len(stacked) * count])
     if problem.bias is not None:
         blocks[0].add_(problem.bias[:columns].detach())
     if problem.settings.precision == "bf16_logits":
@@ -255,41 +257,6 @@ def _logits(work: Work, group: Group, rows: Tensor, hidden: Tensor) -> list[Tens
     order = {id(side): block for (side, _), block in zip(sides, blocks[1:], strict=True)}
     given = (side for side in (group.teacher, group.reference) if side is not None)
     return [blocks[0], *(order[id(side)] for side in given)]
-
-
-def _token_loss(
-    problem: Problem, statistics: Mapping[str, Tensor], rows: Tensor, *, differentiate: bool
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The chunk's loss (), and its derivative by each differentiable statistic, (C,) each."""
-    inputs = {name: value[rows] for name, value in problem.inputs.items()}
-    weights = inputs["token_weights"]
-    read = {name: statistics[name] for name in problem.statistics}
-
-    variables = {name: value for name, value in read.items() if name in DIFFERENTIABLE}
-    if not differentiate:
-        return (weights * problem.loss(read, inputs)).sum(), {}
-    with _recording():
-        leaves = {name: value.detach().requires_grad_() for name, value in variables.items()}
-        loss = (weights * problem.loss({**read, **leaves}, inputs)).sum()
-        found: tuple[Tensor | None, ...] = (None,) * len(leaves)
-        if loss.requires_grad:
-            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    gradients = zip(leaves, found, strict=True)
-    return loss.detach(), {name: each for name, each in gradients if each is not None}
-
-
-@contextmanager
-def _recording() -> Iterator[None]:
-    """Lets autograd record again, which does not inside a custom op: its keys are excluded there.
-
-    (torch.func.grad would do, but not below every dispatch mode.)
-    """
-    included = torch._C._dispatch_tls_local_include_set()
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in _AUTOGRAD_KEYS:
-        excluded = excluded.remove(key)
-    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
-        yield
 
 
 def _accumulate(
@@ -309,14 +276,28 @@ def _accumulate(
         kept = gradient.abs().sum(-1)
         solution.mass[1, rows] = (solution.mass[0, rows] - kept).clamp(min=0)
     if solution.student_grad is not None:
-        solution.student_grad[rows] = gradient @ head
-    for whole, part in ((solution.weight_grad, hidden), (solution.bias_grad, None)):
-        if whole is None:
-            continue
-        used = whole[: work.shard.columns]
-        if columns is not None:
-            used.index_add_(0, columns, gradient.sum(0) if part is None else gradient.t() @ part)
-        elif part is None:
-            used += gradient.sum(0)
-        else:
-            used.addmm_(gradient.t(), part)
+        own = solution.student_grad.new_empty((len(rows), head.shape[1]))
+        multiply(gradient, head, own)
+        solution.student_grad[rows] = own
+    if solution.bias_grad is not None:
+        _add_rows(
+            solution.bias_grad[: work.shard.columns],
+            columns,
+            gradient.sum(0, dtype=solution.bias_grad.dtype),
+        )
+    if solution.weight_grad is None:
+        return
+    used = solution.weight_grad[: work.shard.columns]
+    if columns is None:
+        multiply_add(used, gradient.t(), hidden)
+        return
+    part = used.new_empty((len(columns), hidden.shape[1]))
+    multiply(gradient.t(), hidden, part)
+    _add_rows(used, columns, part)
+
+
+def _add_rows(total: Tensor, rows: Tensor | None, part: Tensor) -> None:
+    if rows is None:
+        total += part
+    else:
+        total.index_add_(0, rows, part)

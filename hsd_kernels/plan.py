@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 DEFAULT_CHUNK_BYTES = 512 * 1024**2
+# On a GPU a chunk has this many rows, where that takes no more than so many bytes: with fewer, the
+# read-modify-write of the head's fp32 gradient, 2 V D 4 bytes a chunk, would dominate.
+GPU_CHUNK_ROWS = 2048
+GPU_CHUNK_BYTES = 4 * 1024**3
 SMALLEST_FUSED_ELEMENTS = 1 << 22  # N x V; below, compiling costs more than it saves
 
 Precision = Literal["fp32_logits", "difference", "bf16_logits"]
@@ -86,16 +90,21 @@ def plan_groups(
     sparse: bool = False,
     copied_heads: int = 0,
     element_bytes: int = 4,
+    gradient_bytes: int = 0,
     max_chunk_bytes: int | None = None,
     compiled: bool = True,
+    backend: Backend = "cpu",
     precision: Precision = "fp32_logits",
 ) -> Plan:
     """The plan for rows in groups; see `plan` for the arguments."""
     gradient = student_gradient or weight_gradient
-    budget = DEFAULT_CHUNK_BYTES if max_chunk_bytes is None else max_chunk_bytes
     buffers = max((group.sides for group in groups), default=1)
     buffers += 1 if temperatures == 2 and gradient else 0
-    row_bytes = buffers * vocab_size * element_bytes
+    row_bytes = vocab_size * (buffers * element_bytes + (gradient_bytes if gradient else 0))
+    default = DEFAULT_CHUNK_BYTES
+    if backend == "triton":
+        default = max(default, min(GPU_CHUNK_ROWS * row_bytes, GPU_CHUNK_BYTES))
+    budget = default if max_chunk_bytes is None else max_chunk_bytes
     if budget < row_bytes:
         raise ValueError(
             f"max_chunk_bytes: found {budget}, expected at least {row_bytes}, the logits of a row"
@@ -110,9 +119,9 @@ def plan_groups(
     kernel_reads = temperatures * (2 if gradient else 1)
     gradient_writes = rows if gradient else 0
     return Plan(
-        backend="cpu",
+        backend=backend,
         precision=precision,
-        fused=compiled and rows * vocab_size >= SMALLEST_FUSED_ELEMENTS,
+        fused=backend == "cpu" and compiled and rows * vocab_size >= SMALLEST_FUSED_ELEMENTS,
         rows=rows,
         rows_per_chunk=rows_per_chunk,
         chunks=chunks,
@@ -141,8 +150,10 @@ def plan(
     copied_heads: int = 0,
     max_chunk_bytes: int | None = None,
     compiled: bool = True,
+    backend: Backend = "cpu",
+    narrow: bool = False,
 ) -> Plan:
-    """What `fused_hsd_loss` would run on the cpu backend for fp32 logits.
+    """What `fused_hsd_loss` would run for fp32 logits.
 
     Args:
         rows: N, tokens that carry weight.
@@ -154,6 +165,8 @@ def plan(
         copied_heads: heads that are copied to fp32 because theirs is a narrower dtype.
         max_chunk_bytes: cap of all logits held at one time; default 512 MiB.
         compiled: whether a C++ compiler is there.
+        backend: "cpu" or "triton".
+        narrow: whether inputs are bf16 or fp16; on the GPU gradients then have a buffer of theirs.
 
     Raises:
         ValueError: where the logits of one row do not fit in `max_chunk_bytes`.
@@ -166,6 +179,8 @@ def plan(
         student_gradient=student_gradient,
         weight_gradient=weight_gradient,
         copied_heads=copied_heads,
+        gradient_bytes=2 if narrow and backend == "triton" else 0,
         max_chunk_bytes=max_chunk_bytes,
         compiled=compiled,
+        backend=backend,
     )

@@ -271,7 +271,6 @@ def test_a_constant_that_requires_grad(name, value):
         ("top_k", V + 1, f"at most {V}"),
         ("weight_grad_out", tensor(V, D + 1), str((V, D))),
         ("weight_grad_out", tensor(V, D).bfloat16(), "torch.float32"),
-        ("precision", "difference", "bfloat16"),
     ],
 )
 def test_an_option_that_does_not_fit(name, value, expected):
@@ -286,6 +285,11 @@ def test_the_reference_refuses_what_it_has_not(name, value):
     refused(
         ValueError, name, "backend='reference'", arguments(**{name: value, "backend": "reference"})
     )
+
+
+def test_an_option_that_this_version_lacks():
+    with pytest.raises(NotImplementedError, match=r"^precision: .*expected 'auto'"):
+        fused_hsd_loss(**arguments(precision="difference"))
 
 
 def test_bad_values_in_rows_without_weight_are_accepted():
