@@ -164,6 +164,24 @@ def test_pointwise_clip(divergence, clip):
     assert (unclipped - found[0] > 1e-4).any()  # the clip cuts something off
 
 
+@pytest.mark.parametrize("tail_bucket", [True, False])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_top_k_is_that_of_trls_sdpo(alpha, tail_bucket):
+    losses = pytest.importorskip("trl.experimental.sdpo.loss_utils")
+    given = problem()
+    logits = given["student_hidden"] @ given["weight"].T + given["bias"]
+    other = given["teacher_hidden"] @ given["weight"].T + given["bias"]
+    theirs = losses.compute_topk_self_distillation_loss(
+        logits,
+        other,
+        distillation_topk=5,
+        distillation_alpha=alpha,
+        distillation_add_tail=tail_bucket,
+    )
+    options = {"divergence": "jsd", "jsd_beta": alpha, "tail_bucket": tail_bucket}
+    torch.testing.assert_close(parity.top_k_divergence(**given, k=5, **options), theirs)
+
+
 def test_the_tail_bucket_bounds_the_divergence_and_without_it_a_student_looks_right():
     """The student's top 4 agree with the teacher's in proportion, and hold 40 % of its mass."""
     q = torch.tensor([[0.24, 0.24, 0.24, 0.24, 0.01, 0.01, 0.01, 0.01]], dtype=torch.float64)
