@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import math
 import re
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -101,5 +100,7 @@ def test_the_table_of_errors_is_what_its_command_prints():
     assert len(found) == 9
     for row, numbers in found.items():
         for ours, theirs in zip(numbers, written[row], strict=True):
-            # Rounding errors differ between machines; their order does not.
-            assert abs(math.log(ours / theirs)) <= math.log(3), row
+            # Rounding errors differ between machines, by less than this factor.
+            assert ours <= 3 * theirs, row
+            # What rounded logits cost is a claim too, in the other direction.
+            assert "bf16" not in row[0] or ours >= theirs / 3, row
