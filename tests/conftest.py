@@ -12,7 +12,8 @@ import inspect
 import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,16 +104,44 @@ def _notices(pyfuncitem: pytest.Function, name: str, mutation: str) -> bool:
 
 @contextmanager
 def _altered_solutions(alter: Callable[[Any], None]) -> Iterator[None]:
-    """Shows `alter` each solution of the fused op before autograd gets it."""
-    from hsd_kernels import ops
+    """Shows `alter` the gradients of each solution of the fused op before autograd gets them.
 
-    solve = ops.solve
+    And those of `hsd_kernels.parity`, which are autograd's own, on their way to the leaves.
+    """
+    from hsd_kernels import ops, parity
+
+    solve, check = ops.solve, parity.check
 
     def altered(*arguments: Any) -> Any:
         solution = solve(*arguments)
         alter(solution)
         return solution
 
+    def watched(*arguments: Any) -> Any:
+        problem = check(*arguments)
+        student, weight, bias = _passing(alter)(problem.student, problem.weight, problem.bias)
+        return replace(problem, student=student, weight=weight, bias=bias)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "solve", altered)
+        patch.setattr(parity, "check", watched)
         yield
+
+
+def _passing(alter: Callable[[Any], None]) -> Callable[..., Any]:
+    """The identity of (student, weight, bias), whose gradients `alter` sees as a solution's."""
+    import torch
+
+    class Passing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *learned: Any) -> Any:
+            return tuple(None if value is None else value.view_as(value) for value in learned)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            wanted = zip(GRADIENTS, gradients, ctx.needs_input_grad, strict=True)
+            solution = SimpleNamespace(**{name: g if need else None for name, g, need in wanted})
+            alter(solution)
+            return tuple(getattr(solution, name) for name in GRADIENTS)
+
+    return Passing.apply

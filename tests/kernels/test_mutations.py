@@ -8,7 +8,7 @@ pytest_plugins = ["pytester"]
 
 TESTS = """
 import pytest, torch
-from hsd_kernels import fused_hsd_loss
+from hsd_kernels import fused_hsd_loss, parity
 
 @pytest.fixture
 def arguments():
@@ -32,6 +32,14 @@ def test_compares_directions_only(arguments):
     assert torch.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.99
 
 @pytest.mark.gradient
+def test_compares_directions_of_parity(arguments):
+    student, teacher, weight = arguments
+    leaf = student.detach().requires_grad_()
+    parity.full_divergence(leaf, teacher, weight).sum().backward()
+    expected = gradient(arguments, backend="reference")
+    assert torch.cosine_similarity(leaf.grad.flatten(), expected.flatten(), dim=0) > 0.99
+
+@pytest.mark.gradient
 def test_never_uses_the_op(arguments):
     assert gradient(arguments, backend="reference").isfinite().all()
 """
@@ -46,8 +54,9 @@ def test_mutations_are_counted_and_a_test_that_misses_one_fails_and_names_it(pyt
         [
             "*::test_compares_with_the_truth PASSED*",
             "*::test_compares_directions_only FAILED*",
+            "*::test_compares_directions_of_parity FAILED*",
             "*::test_never_uses_the_op PASSED*",
             "passes on a wrong gradient: student_grad x 1.05",
-            "gradient mutations caught: 5 / 6",
+            "gradient mutations caught: 7 / 9",
         ]
     )
