@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hsd_kernels.arguments import check
-from hsd_kernels.checks import check_number, check_tensor
+from hsd_kernels.checks import check_number, check_tensor, check_values
 from hsd_kernels.loss import fused_hsd_loss
 from hsd_kernels.plan import DEFAULT_CHUNK_BYTES
 from hsd_kernels.problem import Problem
@@ -191,9 +191,9 @@ class _Work(NamedTuple):
 
     def divergence(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """(...,) nats, of log-probabilities (..., V)."""
-        loss = self.problem.loss
-        found = divergences(log_p, log_q, beta=self.problem.jsd_beta)
-        return loss.divergence_scale * found[str(loss.divergence)]
+        settings = self.problem.settings
+        found = divergences(log_p, log_q, beta=settings.jsd_beta)
+        return settings.loss_scalars[0] * found[settings.divergence]
 
     def over_chunks(self, chunk: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """(N,): what `chunk` gives for the indices (C,) and hidden states (C, D) of its rows."""
@@ -212,9 +212,11 @@ def _prepare(arguments: Mapping[str, Any], *, buffers: int) -> _Work:
     teacher = problem.teacher
     if teacher is None:
         raise TypeError("teacher_hidden: found None, expected a tensor")
-    head = problem.weight.to(problem.compute_dtype)
+    settings = problem.settings
+    check_values(problem, settings.vocab_size)
+    head = problem.weight[: settings.vocab_size].to(problem.compute_dtype)
     row_bytes = buffers * len(head) * head.element_size()
-    budget = problem.max_chunk_bytes or DEFAULT_CHUNK_BYTES
+    budget = settings.max_chunk_bytes or DEFAULT_CHUNK_BYTES
     if budget < row_bytes:
         raise ValueError(
             f"max_chunk_bytes: found {budget}, expected at least {row_bytes}, the work of a row"
