@@ -68,11 +68,11 @@ class Job:
 
     Args:
         program: the model's Python source.
-        tests: the task's Python source; an AssertionError or another exception is a failure.
+        tests: the task's Python source; an AssertionError or another exception is a failure. If it
+            defines check(candidate), that is called with the first function.
         functions: names in tests that call the program's functions. Arguments and values are of
             plain built-in types, copied: a function cannot change its caller's list.
         prelude: source of the task that tests need, run before them.
-        check: tests define check(candidate), to be called with the first function.
         cases: (standard input, expected standard output) pairs instead of tests.
     """
 
@@ -80,7 +80,6 @@ class Job:
     tests: str = ""
     functions: tuple[str, ...] = ()
     prelude: str = ""
-    check: bool = False
     cases: tuple[tuple[str, str], ...] | None = None
 
 
