@@ -89,9 +89,7 @@ def _mount(source: str, target: str, kind: str | None, flags: int, data: str | N
     def text(value: str | None) -> bytes | None:
         return None if value is None else os.fsencode(value)
 
-    result = _libc.mount(
-        text(source), text(target), text(kind), ctypes.c_ulong(flags), text(data)
-    )
+    result = _libc.mount(text(source), text(target), text(kind), ctypes.c_ulong(flags), text(data))
     _checked(result, f"mount {target}")
 
 
@@ -130,7 +128,9 @@ def build_root(*, work_bytes: int) -> None:
         os.mkdir(name, 0o755)
     _pivot_root("/tmp", "/tmp/old")
     _mount("tmpfs", "/new", "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=755")
-    for path in dict.fromkeys(["/usr", "/bin", "/lib", "/lib64", os.path.realpath(sys.base_prefix)]):
+    for path in dict.fromkeys(
+        ["/usr", "/bin", "/lib", "/lib64", os.path.realpath(sys.base_prefix)]
+    ):
         _show(path)
     for name in ("null", "zero", "urandom"):
         _bind(f"/dev/{name}", devices=True)

@@ -7,7 +7,7 @@ process that can be killed, and what it does there becomes one of four outcomes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import TypeAlias
 
@@ -26,6 +26,9 @@ class Outcome(str, Enum):
 
 Verifier: TypeAlias = Callable[[Question, str], bool]
 """Takes a question and a response's text; True if the response is correct."""
+
+Judge: TypeAlias = Callable[[Sequence[tuple[Question, str]]], list[Outcome]]
+"""Judges many responses at one time and keeps their order: VerifierPool.judge."""
 
 VERIFIERS: dict[str, Verifier] = {"numeric": match.numeric, "exact": match.exact}
 """Verifiers by comparison of the final answer: as a number, and as text."""

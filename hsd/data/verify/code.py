@@ -9,7 +9,9 @@ from hsd.data.questions import Question
 from hsd.data.sandbox.local import Job, Sandbox
 from hsd.data.verify import Verifier
 
-_BLOCK = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+_BLOCK = re.compile(
+    r"```[ \t]*(?:python3?|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE
+)
 
 
 def unit_tests(sandbox: Sandbox) -> Verifier:

@@ -52,7 +52,8 @@ class VerifierPool:
         try:
             self._setup = pickle.dumps((verify, workers, timeout))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise ValueError(f"verify: found {verify!r}, expected one that pickles: {error}") from None
+            found = f"{verify!r} ({error})"
+            raise ValueError(f"verify: found {found}, expected one that pickles") from None
         self.counts: Counter[Outcome] = Counter()
         self.last_error: str | None = None
         self._start()
