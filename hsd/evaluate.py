@@ -115,7 +115,9 @@ def evaluate(
         outcomes=dict(zip(Outcome, counts.tolist(), strict=True)),
         samples=[
             (question.prompt, question.answer, group[0], outcome is Outcome.CORRECT)
-            for question, group, outcome in zip(own[:shown], texts, outcomes[::samples])
+            for question, group, outcome in zip(
+                own[:shown], texts, outcomes[::samples], strict=False
+            )
         ],
         tokens=int(world.sum_(tokens)),
     )

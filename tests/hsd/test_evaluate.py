@@ -26,7 +26,7 @@ RunHsd = Callable[..., int]
 
 
 def outcome(correct: Sequence[Sequence[int]]) -> Evaluation:
-    return Evaluation(correct=torch.tensor(correct).bool(), samples=[], tokens=0)
+    return Evaluation(correct=torch.tensor(correct).bool(), samples=[], tokens=0, outcomes={})
 
 
 def test_avg_and_pass_at_k() -> None:

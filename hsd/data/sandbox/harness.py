@@ -8,6 +8,7 @@ here, prelude and tests, belongs to the task and is not the model's.
 from __future__ import annotations
 
 import builtins
+import json
 import os
 import select
 from collections.abc import Callable
@@ -147,5 +148,5 @@ def same_output(found: str, expected: str) -> bool:
 def serve(job_descriptor: int, result: int, harness: Harness) -> None:
     """Reads one job, judges it and writes the verdict."""
     with os.fdopen(job_descriptor, "rb") as file:
-        job = wire.json.loads(file.read())
+        job = json.loads(file.read())
     wire.send(result, harness.verdict(job))

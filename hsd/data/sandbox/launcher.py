@@ -90,12 +90,13 @@ def _inside(settings: Any, result: int, *, namespaces: bool) -> NoReturn:
         ours, theirs = socket.socketpair()
         our_calls, their_calls = socket.socketpair()
         if os.fork() == 0:
-            os.close(result)
-            ours.close()
-            our_calls.close()
             for descriptor in (0, 1, 2):
                 os.dup2(settings["null"], descriptor)
-            candidate.supervise(theirs.detach(), their_calls.detach(), limits)
+            kept = (theirs.detach(), their_calls.detach())
+            for descriptor in set(range(3, 64)).difference(kept):
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
+            candidate.supervise(*kept, limits)
         theirs.close()
         their_calls.close()
         for descriptor in (1, 2):

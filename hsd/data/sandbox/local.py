@@ -122,8 +122,7 @@ class LocalSandbox:
             done = subprocess.run(
                 [sys.executable, "-I", "-S", "-B", "-c", start, root, json.dumps(settings)],
                 input=json.dumps(asdict(job)).encode(),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                capture_output=True,
                 env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8"},
                 timeout=self.limits.wall_seconds + _START_SECONDS,
                 check=False,

@@ -10,7 +10,7 @@ import json
 import os
 from typing import Any
 
-_SEQUENCES: dict[str, type] = {"l": list, "t": tuple, "s": set, "z": frozenset}
+_SEQUENCES: dict[str, Any] = {"l": list, "t": tuple, "s": set, "z": frozenset}
 
 
 def encode(value: Any) -> Any:

@@ -176,9 +176,9 @@ def main(descriptor: int) -> None:
     with contextlib.suppress(EOFError, OSError):
         parent.send_bytes(b"")
         while True:
-            codes, error = supervisor.judge(pickle.loads(parent.recv_bytes()))
+            codes, last_error = supervisor.judge(pickle.loads(parent.recv_bytes()))
             parent.send_bytes(codes)
-            parent.send_bytes(error.encode())
+            parent.send_bytes(last_error.encode())
     supervisor.close()
 
 
