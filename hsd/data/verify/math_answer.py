@@ -21,7 +21,7 @@ logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns on every
 
 _MAX_CHARACTERS = 1000
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_PLAIN_NUMBER = re.compile(r"\$?-?[0-9][0-9,]*(?:\.[0-9]+)?(?: ?/ ?[0-9]+)?\.?")
+_PLAIN_NUMBER = re.compile(r"\$?-?[0-9][0-9,]*(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3}| ?/ ?[0-9]+)?\.?")
 
 
 def equivalent(question: Question, response: str) -> bool:
@@ -30,8 +30,7 @@ def equivalent(question: Question, response: str) -> bool:
     A response without a box counts by its last number, as the paper does. An answer of more than
     1,000 characters is wrong, and so is one that does not parse.
     """
-    gold = last_boxed(question.answer)
-    gold = question.answer if gold is None else gold
+    gold = last_boxed(question.answer) or question.answer
     found = last_boxed(response)
     if found is None:
         number = last_number(response)
@@ -40,7 +39,10 @@ def equivalent(question: Question, response: str) -> bool:
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands in the last \\boxed{...} of a text, braces balanced; None if there is none."""
+    """What stands in the last \\boxed{...} of a text, braces balanced.
+
+    None if there is no box; empty if the last one is not closed, as where a response was cut.
+    """
     boxes = list(_BOX.finditer(text))
     if not boxes:
         return None
@@ -57,7 +59,7 @@ def last_boxed(text: str) -> str | None:
             if depth == 0:
                 return text[start:position].strip()
         position += 1
-    return None
+    return ""
 
 
 def _equal(gold: str, found: str) -> bool:
