@@ -37,14 +37,16 @@ PROGRAMS: list[tuple[str, str, tuple[str, ...]]] = [
     ),
     (
         "thread bomb",
-        "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(99,)).start()",
+        "import threading, time\nwhile True:\n "
+        "threading.Thread(target=time.sleep, args=(99,)).start()",
         STOPPED,
     ),
     ("memory bomb at once", "x = bytearray(10**11)", FAILED),
     ("memory bomb in steps", "x = []\nwhile True: x.append(bytearray(10**7))", STOPPED),
     (
         "memory bomb in many processes",
-        "import os, time\nfor _ in range(4): os.fork()\nx = bytearray(b'x') * 10**8\ntime.sleep(99)",
+        "import os, time\nfor _ in range(4): os.fork()\n"
+        "x = bytearray(b'x') * 10**8\ntime.sleep(99)",
         STOPPED,
     ),
     (
@@ -161,8 +163,8 @@ PROGRAMS: list[tuple[str, str, tuple[str, ...]]] = [
     ("signal to the trainer", attempt("os.kill(TRAINER, 0)"), PASSED),
     (
         "background survivor",
-        "import os, time\nif os.fork() == 0:\n os.setsid()\n if os.fork() == 0:\n  time.sleep(1000)\n"
-        " os._exit(0)\n" + RIGHT,
+        "import os, time\nif os.fork() == 0:\n os.setsid()\n"
+        " if os.fork() == 0:\n  time.sleep(1000)\n os._exit(0)\n" + RIGHT,
         PASSED,
     ),
     (
@@ -184,7 +186,8 @@ PROGRAMS: list[tuple[str, str, tuple[str, ...]]] = [
     ),
     (
         "equal to everything",
-        "class E(int):\n __eq__ = lambda s, o: True\n __hash__ = int.__hash__\ndef f(x): return E(0)",
+        "class E(int):\n __eq__ = lambda s, o: True\n __hash__ = int.__hash__\n"
+        "def f(x): return E(0)",
         FAILED,
     ),
     ("object of its own", "class E:\n __eq__ = lambda s, o: True\ndef f(x): return E()", FAILED),
@@ -211,7 +214,8 @@ PROGRAMS: list[tuple[str, str, tuple[str, ...]]] = [
     (
         "trace function",
         "import sys\nsys.settrace(lambda *a: None)\ndef f(x):\n"
-        " frame = sys._getframe()\n while frame: frame.f_globals['check'] = None; frame = frame.f_back\n"
+        " frame = sys._getframe()\n while frame:\n  frame.f_globals['check'] = None\n"
+        "  frame = frame.f_back\n"
         " return 0",
         FAILED,
     ),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,24 +11,33 @@ from pathlib import Path
 import pytest
 from hostile_programs import PROGRAMS
 
+import hsd
 from hsd.data.sandbox.local import Job, Limits, LocalSandbox
 
 LIMITS = Limits(
     wall_seconds=1.2, cpu_seconds=1, memory_bytes=256 << 20, work_bytes=32 << 20, file_bytes=8 << 20
 )
+LAUNCHER = b"launcher.run(sys.argv[2:])\0" + os.fsencode(Path(hsd.__file__).parent.parent)
+WRITTEN = re.compile(r"x|l|d|\d+")  # the names of the files that the programs write
 TESTS = "assert f(1) == 2\nassert f(5) == 6"
 
 
 def descendants() -> set[str]:
-    """Command lines of all processes on the machine but kernel threads, by id."""
+    """Process ids of everything that a launcher started."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if b"hsd.data.sandbox" in path.read_bytes():
+            if LAUNCHER in path.read_bytes():
                 found.add(path.parent.name)
         except OSError:
             continue
     return found
+
+
+def written() -> set[str]:
+    """Files of the names that the programs use, wherever they could be."""
+    names = [(path, name) for path in ("/tmp", "/usr", "/", "/dev") for name in os.listdir(path)]
+    return {f"{path}/{name}" for path, name in names if WRITTEN.fullmatch(name)}
 
 
 @pytest.mark.parametrize(
@@ -43,7 +53,7 @@ def test_hostile_program(
 ) -> None:
     monkeypatch.setenv("HSD_TEST_SECRET", "secret")
     outside = tmp_path / "outside"
-    before = {path: os.listdir(path) for path in ("/tmp", "/usr", "/", str(tmp_path))}
+    before = written()
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as unix:
         server.settimeout(0)
         unix.bind(f"\0hsd-test-{os.getpid()}")
@@ -59,10 +69,9 @@ def test_hostile_program(
             server.accept()
     assert result.verdict in verdicts, result
     assert descendants() == set()
-    assert {path: os.listdir(path) for path in before} == before
-    assert sandbox.run(
-        Job(program="def f(x): return x", tests="f(0)", functions=("f",))
-    ).verdict == ("passed")
+    assert written() == before and os.listdir(tmp_path) == []
+    innocent = Job(program="def f(x): return x", tests="f(0)", functions=("f",))
+    assert sandbox.run(innocent).verdict == "passed"
 
 
 def test_there_are_at_least_forty_hostile_programs() -> None:
