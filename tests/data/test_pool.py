@@ -10,6 +10,7 @@ import pytest
 from pool_verifiers import obedient
 
 from hsd.data.questions import Question
+from hsd.data.tasks import ReasoningGymTask, load_task
 from hsd.data.verify import Outcome, by_path
 from hsd.data.verify.pool import VerifierPool
 
@@ -149,3 +150,14 @@ def test_a_module_in_the_working_directory_is_found(
 def test_a_path_to_no_function_is_refused(path: str) -> None:
     with pytest.raises(ValueError, match=r"task\.verifier: found .*, expected a"):
         by_path.load(path)
+
+
+@pytest.mark.parametrize("dataset", ["arc_1d", "leg_counting", "string_manipulation"])
+def test_reasoning_gym_verifiers_reach_the_workers(dataset: str) -> None:
+    pytest.importorskip("reasoning_gym")
+    sizes = {"train_questions": 4, "validation_questions": 0, "heldout_questions": 0}
+    task = load_task(ReasoningGymTask(dataset=dataset, **sizes))
+    with VerifierPool(task.verify, workers=1, timeout=10) as pool:
+        right = [(q, f"The answer is {q.answer}") for q in task.train]
+        assert pool.judge(right) == [Outcome.CORRECT] * 4
+        assert pool.judge([(q, "no idea") for q in task.train]) == [Outcome.WRONG] * 4
