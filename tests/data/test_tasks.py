@@ -8,6 +8,7 @@ import pytest
 
 from hsd.data.tasks import (
     ArithmeticTask,
+    HumanEvalTask,
     JsonlTask,
     ReasoningGymTask,
     Task,

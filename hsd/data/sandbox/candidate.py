@@ -27,6 +27,9 @@ def supervise(control: int, calls: int, limits: Any) -> NoReturn:
         calls: that process's own channel.
         limits: of hsd.data.sandbox.local, as a dictionary.
     """
+    # Python's handler would let the program interrupt this process; by default, the first process
+    # of a namespace ignores all signals from inside.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     with contextlib.suppress(EOFError, OSError):
         while True:
             request = wire.receive(control, most=limits["message_bytes"])

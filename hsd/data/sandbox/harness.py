@@ -116,7 +116,10 @@ class Harness:
         raise _exception(kind, message)
 
     def _raise_ending(self) -> None:
-        report = wire.receive(self._control, most=1000)
+        try:
+            report = wire.receive(self._control, most=1000)
+        except EOFError:
+            raise _CandidateFailed("failed", "the program's supervisor died") from None
         self._require_alive(report)
         raise _CandidateFailed("failed", f"the program ended with {report['status']}")
 

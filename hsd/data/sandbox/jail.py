@@ -14,8 +14,6 @@ import signal
 import sys
 from typing import Any
 
-from hsd.data.sandbox import seccomp
-
 INNER_ID = 1000
 """User and group inside the namespace."""
 
@@ -183,7 +181,7 @@ def drop_privileges(*, user: int | None) -> None:
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     nothing = (ctypes.c_uint32 * 6)()
     _checked(_libc.capset(ctypes.byref(header), ctypes.byref(nothing)), "capset")
-    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    forbid_new_privileges()
     die_with_parent()
     if os.getuid() == 0:
         raise PermissionError("found user 0, expected an unprivileged one")
@@ -212,9 +210,6 @@ def limit_cpu(seconds: int) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
 
 
-def install_filter(*, sockets: bool) -> bool:
-    """The seccomp filter, where this machine's system calls are known."""
-    if not seccomp.available():
-        return False
-    seccomp.install(sockets=sockets)
-    return True
+def forbid_new_privileges() -> None:
+    """No program that is executed from now on gains any; seccomp(2) asks for it."""
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)

@@ -20,7 +20,7 @@ import sys
 import time
 from typing import Any, NoReturn
 
-from hsd.data.sandbox import candidate, harness, jail, wire
+from hsd.data.sandbox import candidate, harness, jail, seccomp, wire
 
 _POLL_SECONDS = 0.05
 _OWN_PROCESSES = 3  # keeper, harness, supervisor
@@ -120,7 +120,8 @@ def _jail(limits: Any, *, namespaces: bool) -> None:
     # Without a namespace of its own, the user's other processes count, so the launcher counts.
     processes = limits["processes"] + _OWN_PROCESSES if namespaces else None
     jail.limit_resources(limits, processes=processes)
-    jail.install_filter(sockets=namespaces)
+    if seccomp.available():
+        seccomp.install(sockets=namespaces)
 
 
 def _watch(child: int, result: int, limits: Any, started: float) -> dict[str, str]:

@@ -160,6 +160,7 @@ PROGRAMS: list[tuple[str, str, tuple[str, ...]]] = [
         "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)" + RIGHT,
         PASSED + FAILED,
     ),
+    ("interrupt of the parent", "import os\nos.kill(os.getppid(), 2)" + RIGHT, PASSED),
     ("signal to the trainer", attempt("os.kill(TRAINER, 0)"), PASSED),
     (
         "background survivor",

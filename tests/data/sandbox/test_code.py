@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 
 from hsd.data.human_eval import load
 from hsd.data.questions import Question, UnitTests
-from hsd.data.sandbox import local, wire
+from hsd.data.sandbox import local, seccomp, wire
 from hsd.data.sandbox.local import Job, Limits, LocalSandbox, Result
 from hsd.data.tasks import HumanEvalTask, JsonlTask, load_task
 from hsd.data.verify import Outcome
@@ -133,6 +135,21 @@ def test_a_weaker_mechanism_than_the_minimum_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setattr(local, "strongest_mechanism", lambda: None)
     with pytest.raises(ValueError, match="found no working mechanism"):
         load_task(HumanEvalTask(sandbox="limits"))
+
+
+def test_where_namespaces_are_forbidden_limits_are_what_is_found() -> None:
+    if not seccomp.available():
+        pytest.skip("no filter on this processor")
+    script = (
+        "from hsd.data.sandbox import jail, local, seccomp\n"
+        "jail.forbid_new_privileges()\n"
+        "seccomp.install(sockets=True)\n"  # as in a container: refuses unshare(2)
+        "print(local.strongest_mechanism())\n"
+        "local.require('namespaces')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "limits\n"
+    assert "ValueError: task.sandbox: found 'limits'" in done.stderr
 
 
 def test_limits_alone_still_bound_a_program() -> None:
