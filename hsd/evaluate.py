@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -19,7 +19,8 @@ from hsd.config import Config
 from hsd.data.contexts import ContextBuilder
 from hsd.data.questions import Question
 from hsd.data.tasks import load_task
-from hsd.data.verify import Verifier
+from hsd.data.verify import Judge, Outcome
+from hsd.data.verify.pool import VerifierPool
 from hsd.distributed.process import World
 from hsd.metrics import sample_table
 from hsd.recipe import config_from_dict, fail, parse_flags
@@ -37,9 +38,11 @@ class Evaluation:
         correct: (questions, k) bool.
         samples: (prompt, answer, response, correct) of the first completion of some questions.
         tokens: generated in all.
+        outcomes: how many samples the verifier found correct, wrong, or failed to judge.
     """
 
     correct: Tensor
+    outcomes: Mapping[Outcome, int]
     samples: Sequence[tuple[str, str, str, bool]]
     tokens: int
 
@@ -81,7 +84,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: ContextBuilder,
     questions: Sequence[Question],
-    verify: Verifier,
+    judge: Judge,
     *,
     sampling: Sampling,
     samples: int,
@@ -98,16 +101,23 @@ def evaluate(
         sampling=sampling,
     )
     texts = [[response_text(tokenizer, rollout) for rollout in group] for group in groups]
-    outcomes = torch.zeros((len(questions), samples))
-    for position, (question, group) in enumerate(zip(own, texts, strict=True)):
-        row = world.rank + position * world.size
-        outcomes[row] = torch.tensor([float(verify(question, text)) for text in group])
+    outcomes = judge(
+        [(question, text) for question, group in zip(own, texts, strict=True) for text in group]
+    )
+    correct = torch.zeros((len(questions), samples))
+    for position, outcome in enumerate(outcomes):
+        row = world.rank + position // samples * world.size
+        correct[row, position % samples] = float(outcome is Outcome.CORRECT)
+    counts = world.sum_(torch.tensor([outcomes.count(outcome) for outcome in Outcome]))
     tokens = torch.tensor(sum(len(r.token_ids) for group in groups for r in group))
     return Evaluation(
-        correct=world.sum_(outcomes).bool(),
+        correct=world.sum_(correct).bool(),
+        outcomes=dict(zip(Outcome, counts.tolist(), strict=True)),
         samples=[
-            (question.prompt, question.answer, group[0], verify(question, group[0]))
-            for question, group in zip(own[:shown], texts, strict=False)
+            (question.prompt, question.answer, group[0], outcome is Outcome.CORRECT)
+            for question, group, outcome in zip(
+                own[:shown], texts, outcomes[::samples], strict=False
+            )
         ],
         tokens=int(world.sum_(tokens)),
     )
@@ -207,20 +217,29 @@ def _evaluate_run(arguments: EvalArguments) -> None:
         compute_dtype=compute_dtype(config.model.compute_dtype),
         batch_rows=config.rollout.batch_rows,
     )
-    result = evaluate(
-        engine,
-        tokenizer,
-        ContextBuilder(tokenizer, config.context),
-        questions,
-        task.verify,
-        sampling=sampling,
-        samples=arguments.samples,
-        seed=arguments.seed,
-        world=World(rank=0, size=1),
-        shown=arguments.show_samples,
-    )
     console = Console()
+    if task.sandbox:
+        console.print(task.sandbox)
+    verifier = config.verifier
+    with VerifierPool(task.verify, workers=verifier.workers, timeout=verifier.timeout) as pool:
+        result = evaluate(
+            engine,
+            tokenizer,
+            ContextBuilder(tokenizer, config.context),
+            questions,
+            pool.judge,
+            sampling=sampling,
+            samples=arguments.samples,
+            seed=arguments.seed,
+            world=World(rank=0, size=1),
+            shown=arguments.show_samples,
+        )
+    if pool.last_error:
+        console.print(f"a verifier failed: {pool.last_error}", markup=False)
     if result.samples:
         console.print(sample_table(result.samples, title="samples"))
     title = f"{arguments.split} questions, temperature {arguments.temperature:g}"
     console.print(accuracy_table([(str(arguments.model or checkpoint), result)], title=title))
+    unjudged = {o.value: result.outcomes[o] for o in (Outcome.ERROR, Outcome.TIMEOUT)}
+    if any(unjudged.values()):
+        console.print(f"samples that count as wrong because the verifier failed: {unjudged}")

@@ -25,6 +25,8 @@ from hsd.config import Config
 from hsd.data.contexts import ContextBuilder
 from hsd.data.questions import Question
 from hsd.data.tasks import Task, load_task
+from hsd.data.verify import Outcome
+from hsd.data.verify.pool import VerifierPool
 from hsd.distributed.process import World, join_world, leave_world
 from hsd.evaluate import Evaluation, accuracy_table, evaluate, gain
 from hsd.metrics import StepProgress, sample_table
@@ -55,6 +57,7 @@ class Trainer:
     tokenizer: PreTrainedTokenizerBase
     contexts: ContextBuilder
     engine: RolloutEngine
+    verifiers: VerifierPool
     optimizer: torch.optim.Optimizer
     world: World
 
@@ -75,6 +78,8 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
         raise ValueError(
             f"evaluation.split: found no question in {config.evaluation.split}, expected some"
         )
+    if task.sandbox:
+        console.print(task.sandbox)
     model, tokenizer = world.main_first(lambda: load_policy(config.model.name))
     contexts = ContextBuilder(tokenizer, config.context)
     dtype = compute_dtype(config.model.compute_dtype)
@@ -105,6 +110,11 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
         engine=HfEngine(
             model, tokenizer, compute_dtype=dtype, batch_rows=config.rollout.batch_rows
         ),
+        verifiers=VerifierPool(
+            task.verify,
+            workers=config.verifier.workers or world.share_of_cores(),
+            timeout=config.verifier.timeout,
+        ),
         optimizer=adamw(model.parameters(), config.optimizer.learning_rate),
         world=world,
     )
@@ -122,11 +132,15 @@ def train_step(
         group_size=config.rollout.group_size,
         sampling=trainer.sampling,
     )
-    groups = []
-    for question, group in zip(questions, rollouts, strict=True):
-        texts = [response_text(trainer.tokenizer, rollout) for rollout in group]
-        rewards = [trainer.task.verify(question, text) for text in texts]
-        groups.append(Group(question=question, rollouts=group, texts=texts, rewards=rewards))
+    texts = [[response_text(trainer.tokenizer, each) for each in group] for group in rollouts]
+    outcomes = trainer.verifiers.judge(
+        [(q, text) for q, group in zip(questions, texts, strict=True) for text in group]
+    )
+    rewards = iter([outcome is Outcome.CORRECT for outcome in outcomes])
+    groups = [
+        Group(question=q, rollouts=group, texts=own, rewards=[next(rewards) for _ in own])
+        for q, group, own in zip(questions, rollouts, texts, strict=True)
+    ]
     sampled = time.perf_counter()
 
     judged = [
@@ -160,6 +174,11 @@ def train_step(
     ended = time.perf_counter()
 
     metrics = step_metrics(world, config, groups, judged, sums, largest_gap)
+    counts = world.sum_(torch.tensor([outcomes.count(outcome) for outcome in Outcome]))
+    metrics |= {
+        f"verifier_{outcome.value}": float(count)
+        for outcome, count in zip(Outcome, counts.tolist(), strict=True)
+    }
     metrics |= {
         "grad_norm": norm,
         "learning_rate": rate,
@@ -189,7 +208,7 @@ def _measure(trainer: Trainer, step: int, run: RunFolder | None) -> Evaluation:
         trainer.tokenizer,
         trainer.contexts,
         getattr(trainer.task, config.evaluation.split),
-        trainer.task.verify,
+        trainer.verifiers.judge,
         sampling=trainer.sampling,
         samples=config.evaluation.samples,
         seed=config.seed,
@@ -208,6 +227,7 @@ def _measure(trainer: Trainer, step: int, run: RunFolder | None) -> Evaluation:
                 "avg_interval": result.average_interval,
                 "pass": result.any_correct,
                 "pass_interval": result.any_correct_interval,
+                "outcomes": {outcome.value: n for outcome, n in result.outcomes.items()},
                 "correct_per_question": result.correct.sum(1).tolist(),
                 "seconds": time.perf_counter() - started,
             },
@@ -230,6 +250,9 @@ def train(config: Config, world: World, console: Console) -> None:
     try:
         _steps(trainer, run, console)
     finally:
+        trainer.verifiers.close()
+        if trainer.verifiers.last_error:
+            console.print(f"a verifier failed: {trainer.verifiers.last_error}", markup=False)
         if run:
             run.close()
             console.print(f"run folder: {path}")

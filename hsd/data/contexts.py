@@ -121,16 +121,17 @@ class ContextBuilder:
                 peers are shown.
 
         Returns:
-            None if this rollout gets no teacher (fallback "skip").
+            None if this rollout gets no teacher (fallback "skip", or no answer to fall back to).
+            An empty answer, as of code, is not shown.
         """
         config, template = self._config, self._template
         peer = peer_text if config.show_peer else None
         falls_back = config.show_peer and peer is None
-        if falls_back and config.fallback == "skip":
+        if falls_back and (config.fallback == "skip" or not question.answer):
             return None
         turn, removed = drop_strings(question.prompt, self._special_texts)
         blocks, truncated = "", 0
-        if config.show_answer or falls_back:
+        if question.answer and (config.show_answer or falls_back):
             answer, dropped = drop_strings(question.answer, self._special_texts)
             blocks += template.answer[0] + answer + template.answer[1]
             removed += dropped

@@ -33,7 +33,8 @@ def generate(
             options, or has fewer than count distinct questions.
     """
     # Four draws a question and some: enough for generators that repeat themselves, and an end.
-    generator = _create_dataset(dataset, options, seed=seed, size=4 * count + 64)
+    scorer = _Scorer(dataset, dict(options), seed, 4 * count + 64)
+    generator = scorer.dataset
     distinct: dict[str, Question] = {}
     for index in range(len(generator)):
         if len(distinct) == count:
@@ -45,7 +46,24 @@ def generate(
             f"task.train_questions: found {count} questions in the three splits, expected at most "
             f"{len(distinct)}: {dataset} gave no more distinct ones in {len(generator)}"
         )
-    return list(distinct.values()), score_answer(generator)
+    return list(distinct.values()), score_answer(scorer)
+
+
+class _Scorer:
+    """A dataset that goes to other processes by its arguments: not all of them pickle."""
+
+    def __init__(
+        self, name: str, options: dict[str, int | float | bool | str], seed: int, size: int
+    ) -> None:
+        self._arguments = (name, options, seed, size)
+        self.dataset = _create_dataset(name, options, seed=seed, size=size)
+
+    def score_answer(self, answer: str | None, entry: Mapping[str, Any], /) -> float:
+        score: float = self.dataset.score_answer(answer, entry)
+        return score
+
+    def __reduce__(self) -> tuple[type[_Scorer], tuple[Any, ...]]:
+        return _Scorer, self._arguments
 
 
 def _create_dataset(

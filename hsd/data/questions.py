@@ -10,6 +10,25 @@ from typing import Any
 
 _REQUIRED = ("prompt", "answer")
 _OPTIONAL = ("solution", "id")
+_UNIT_TESTS = ("tests", "functions", "prelude", "cases")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitTests:
+    """What a program must pass: tests of its functions, or cases of standard input.
+
+    Args:
+        tests: Python source that calls the functions; check(candidate), if it defines that, is
+            called with the first one.
+        functions: their names.
+        prelude: Python source that both the program and the tests begin with.
+        cases: (standard input, expected standard output) pairs.
+    """
+
+    tests: str = ""
+    functions: tuple[str, ...] = ()
+    prelude: str = ""
+    cases: tuple[tuple[str, str], ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +38,10 @@ class Question:
     Args:
         id: name of the question, unique in its split; seeds the draw of its peers.
         prompt: what the policy is asked.
-        answer: the correct final answer, as text.
+        answer: the correct final answer, as text; empty where there is none, as for code.
         solution: a worked solution, where the source has one.
         entry: the generator's own record, which reasoning-gym's score_answer asks for.
+        unit_tests: what code is verified by.
     """
 
     id: str
@@ -29,6 +49,7 @@ class Question:
     answer: str
     solution: str | None = None
     entry: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+    unit_tests: UnitTests | None = field(default=None, repr=False)
 
     @property
     def prompt_key(self) -> str:
@@ -45,7 +66,9 @@ def load_jsonl(path: Path) -> list[Question]:
 
     Args:
         path: each object has prompt (string) and answer (string or number), and may have solution
-            and id (strings; the default id is "<stem of path>:<line number>").
+            and id (strings; the default id is "<stem of path>:<line number>"). For code it has
+            tests (string) and functions (list of names), or cases (list of [input, output]), may
+            have prelude (string), and needs no answer; see UnitTests.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -92,21 +115,56 @@ def _parse(line: bytes, where: str) -> dict[str, object]:
 
 
 def _question(record: dict[str, object], *, default_id: str, where: str) -> Question:
-    unknown = [key for key in record if key not in _REQUIRED + _OPTIONAL]
+    unknown = [key for key in record if key not in _REQUIRED + _OPTIONAL + _UNIT_TESTS]
     if unknown:
-        known = ", ".join(_REQUIRED + _OPTIONAL)
+        known = ", ".join(_REQUIRED + _OPTIONAL + _UNIT_TESTS)
         raise ValueError(f"{where}: found unknown key {unknown[0]!r}, expected only {known}")
-    for key in _REQUIRED:
+    unit_tests = _unit_tests(record, where)
+    for key in _REQUIRED if unit_tests is None else ("prompt",):
         if key not in record:
             raise ValueError(f"{where}: found no {key!r}, expected prompt and answer")
     return Question(
         id=_text(record.get("id", default_id), key="id", where=where),
         prompt=_text(record["prompt"], key="prompt", where=where),
-        answer=_text(record["answer"], key="answer", where=where, number_allowed=True),
+        answer=(
+            _text(record["answer"], key="answer", where=where, number_allowed=True)
+            if "answer" in record
+            else ""
+        ),
         solution=(
             _text(record["solution"], key="solution", where=where) if "solution" in record else None
         ),
+        unit_tests=unit_tests,
     )
+
+
+def _unit_tests(record: dict[str, object], where: str) -> UnitTests | None:
+    if not any(key in record for key in _UNIT_TESTS):
+        return None
+    if ("tests" in record) == ("cases" in record) or ("tests" in record) != ("functions" in record):
+        found = ", ".join(key for key in _UNIT_TESTS if key in record)
+        raise ValueError(f"{where}: found {found}, expected tests with functions, or cases")
+    prelude = _text(record["prelude"], key="prelude", where=where) if "prelude" in record else ""
+    if "cases" in record:
+        return UnitTests(prelude=prelude, cases=_cases(record["cases"], where))
+    functions = record["functions"]
+    if not isinstance(functions, list) or not functions:
+        raise ValueError(f"{where}: functions: found {_kind(functions)}, expected a list of names")
+    names = tuple(_text(name, key="functions", where=where) for name in functions)
+    tests = _text(record["tests"], key="tests", where=where)
+    return UnitTests(prelude=prelude, tests=tests, functions=names)
+
+
+def _cases(value: object, where: str) -> tuple[tuple[str, str], ...]:
+    pairs = []
+    for pair in value if isinstance(value, list) else ():
+        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
+            raise ValueError(f"{where}: cases: found {pair!r}, expected [input, output], strings")
+        pairs.append((pair[0], pair[1]))
+    if not pairs:
+        found = _kind(value)
+        raise ValueError(f"{where}: cases: found {found}, expected a list of [input, output]")
+    return tuple(pairs)
 
 
 def _text(value: object, *, key: str, where: str, number_allowed: bool = False) -> str:

@@ -32,6 +32,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def share_of_cores(self) -> int:
+        """The cores of this machine for one of its ranks, at least one."""
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        return max(1, len(os.sched_getaffinity(0)) // ranks)
+
     def share(self, items: Sequence[Item]) -> list[Item]:
         """Every size-th item, from the rank's own on."""
         return list(items[self.rank :: self.size])

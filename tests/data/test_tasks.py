@@ -8,6 +8,7 @@ import pytest
 
 from hsd.data.tasks import (
     ArithmeticTask,
+    HumanEvalTask,
     JsonlTask,
     ReasoningGymTask,
     Task,
@@ -200,3 +201,29 @@ def test_without_reasoning_gym_the_error_names_the_extra(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ImportError, match=r'pip install "hsd-kernels\[train\]"'):
         load_task(ReasoningGymTask(dataset="leg_counting"))
+
+
+def test_a_jsonl_task_with_symbolic_answers(tmp_path: Path) -> None:
+    path = tmp_path / "math.jsonl"
+    path.write_text('{"prompt": "Halve 1.", "answer": "\\\\frac{1}{2}"}')
+    task = load_task(JsonlTask(train=path, verifier="math"))
+    assert task.verify(task.train[0], r"So it is \boxed{0.5}.")
+    assert not task.verify(task.train[0], r"So it is \boxed{2}.")
+    assert task.sandbox is None
+
+
+def test_a_jsonl_task_with_a_verifier_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"prompt": "Say it.", "answer": "it"}')
+    task = load_task(JsonlTask(train=path, verifier="pool_verifiers:obedient"))
+    assert task.verify(task.train[0], "it") is True
+
+
+def test_an_unknown_verifier_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"task\.verifier: found 'maths', expected numeric or"):
+        JsonlTask(train=tmp_path / "q.jsonl", verifier="maths")
+
+
+def test_human_eval_splits_do_not_overlap() -> None:
+    with pytest.raises(ValueError, match="found 165 questions in the three splits, expected at m"):
+        HumanEvalTask(train_questions=100, heldout_questions=65)

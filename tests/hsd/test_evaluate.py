@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hsd.data.contexts import ContextBuilder, ContextConfig
 from hsd.data.questions import Question
+from hsd.data.verify import Outcome
 from hsd.distributed.process import World
 from hsd.evaluate import Evaluation, accuracy_table, evaluate, gain, half_width
 from hsd.rollout.protocol import Rollout, Sampling
@@ -25,7 +26,7 @@ RunHsd = Callable[..., int]
 
 
 def outcome(correct: Sequence[Sequence[int]]) -> Evaluation:
-    return Evaluation(correct=torch.tensor(correct).bool(), samples=[], tokens=0)
+    return Evaluation(correct=torch.tensor(correct).bool(), samples=[], tokens=0, outcomes={})
 
 
 def test_avg_and_pass_at_k() -> None:
@@ -124,7 +125,10 @@ def evaluated(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Evaluation]:
             tokenizer,
             ContextBuilder(tokenizer, ContextConfig()),
             [Question(id=f"q{n}", prompt=f"Say {n}.", answer=str(n)) for n in range(questions)],
-            lambda question, text: text == question.answer,
+            lambda items: [
+                Outcome.CORRECT if text == question.answer else Outcome.WRONG
+                for question, text in items
+            ],
             sampling=Sampling(max_new_tokens=4),
             samples=3,
             seed=seed,
