@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 import sys
@@ -23,21 +22,25 @@ from rich.console import Console
 
 from hsd.config import Config
 from hsd.data.contexts import ContextBuilder
+from hsd.data.peers import PeerPolicy
 from hsd.data.questions import Question
 from hsd.data.tasks import Task, load_task
 from hsd.distributed.process import World, join_world, leave_world
 from hsd.evaluate import Evaluation, accuracy_table, evaluate, gain
 from hsd.metrics import StepProgress, sample_table
-from hsd.objective.batch import Group, JudgedRollout, judge
+from hsd.objective.batch import JudgedRollout, judge
 from hsd.objective.measures import step_metrics
-from hsd.objective.step import Policy, accumulate_gradients
+from hsd.objective.normalisation import StepTotals
+from hsd.objective.step import SUMS, accumulate_gradients
 from hsd.policy.head import output_head
 from hsd.policy.load import load_policy
 from hsd.policy.optimizer import adamw, clipped_step, learning_rate
 from hsd.policy.precision import compute_dtype
+from hsd.policy.teachers import Policy, after_update, make_policy
 from hsd.recipe import fail, parse_arguments, to_dict
+from hsd.rollout.groups import Group, GroupSampler
 from hsd.rollout.hf import HfEngine
-from hsd.rollout.protocol import RolloutEngine, Sampling, response_text, stream_seed
+from hsd.rollout.protocol import RolloutEngine, Sampling
 from hsd.run import RunFolder
 from hsd.warmup import warm_up
 
@@ -54,6 +57,7 @@ class Trainer:
     policy: Policy
     tokenizer: PreTrainedTokenizerBase
     contexts: ContextBuilder
+    peers: PeerPolicy
     engine: RolloutEngine
     optimizer: torch.optim.Optimizer
     world: World
@@ -85,23 +89,13 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
                 config, model, tokenizer, head, task.train, compute_dtype=dtype, console=console
             )
         )
-    initial = copy.deepcopy(model).requires_grad_(False)
-    initial_head = output_head(initial)
-    live = config.objective.teacher == "live"
     return Trainer(
         config=config,
         task=task,
-        policy=Policy(
-            model=model,
-            head=head,
-            teacher=model if live else initial,
-            teacher_head=head if live else initial_head,
-            initial=initial,
-            initial_head=initial_head,
-            compute_dtype=dtype,
-        ),
+        policy=make_policy(model, config.objective, compute_dtype=dtype),
         tokenizer=tokenizer,
         contexts=contexts,
+        peers=PeerPolicy(config.peers, seed=config.seed),
         engine=HfEngine(
             model, tokenizer, compute_dtype=dtype, batch_rows=config.rollout.batch_rows
         ),
@@ -111,55 +105,72 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
 
 
 def train_step(
-    trainer: Trainer, questions: Sequence[Question], step: int
+    trainer: Trainer, stream: Iterator[Question], step: int
 ) -> tuple[dict[str, float], list[tuple[Group, list[JudgedRollout]]]]:
-    """One update on this rank's questions; metrics are of all ranks."""
+    """One step on questions from the stream.
+
+    Returns:
+        metrics and judged groups, of all ranks.
+    """
     config, world = trainer.config, trainer.world
     started = time.perf_counter()
-    rollouts = trainer.engine.generate(
-        [trainer.contexts.student(question) for question in questions],
-        seeds=[stream_seed("rollout", config.seed, step, q.id) for q in questions],
-        group_size=config.rollout.group_size,
-        sampling=trainer.sampling,
+    sampler = GroupSampler(
+        config=config,
+        engine=trainer.engine,
+        tokenizer=trainer.tokenizer,
+        contexts=trainer.contexts,
+        verify=trainer.task.verify,
+        world=world,
     )
-    groups = []
-    for question, group in zip(questions, rollouts, strict=True):
-        texts = [response_text(trainer.tokenizer, rollout) for rollout in group]
-        rewards = [trainer.task.verify(question, text) for text in texts]
-        groups.append(Group(question=question, rollouts=group, texts=texts, rewards=rewards))
+    groups = sampler.sample(stream, step)
+    kept = [group for group in groups if group.place >= 0]
     sampled = time.perf_counter()
 
-    judged = [
-        judge(
-            group,
-            trainer.tokenizer,
-            trainer.contexts,
-            config.objective,
-            seed=config.seed,
-            step=step,
-            questions=config.rollout.questions_per_step,
-        )
-        for group in groups
-    ]
-    sums, largest_gap = accumulate_gradients(
-        trainer.policy,
-        [outcome.row for outcomes in judged for outcome in outcomes if outcome.row],
-        config.objective,
-        micro_batch_tokens=config.micro_batch_tokens,
-        temperature=config.rollout.temperature,
-    )
-    world.sum_gradients(trainer.policy.model.parameters())
+    # Peers may come from any group of the step, whichever process sampled it.
+    attempts = [group.attempts for group in kept]
+    others = []
+    if trainer.peers.needs_other_groups:
+        places = [group.place for group in kept]
+        shared = world.gather(list(zip(places, attempts, strict=True)))
+        others = [one for _, group in sorted(shared, key=lambda pair: pair[0]) for one in group]
+    peers = [trainer.peers.choose(group, others) for group in attempts]
+
+    judged: list[tuple[Group, list[JudgedRollout]]] = []
+    sums, largest_gap, norm = torch.zeros(len(SUMS), dtype=torch.float64), 0.0, 0.0
+    updates = config.optimizer.updates_per_step
     rate = learning_rate(config.optimizer, step=step, steps=config.steps)
-    norm = clipped_step(
-        trainer.optimizer,
-        trainer.policy.model.parameters(),
-        learning_rate=rate,
-        max_grad_norm=config.optimizer.max_grad_norm,
-    )
+    for part in range(updates):
+        chosen = [pair for pair in zip(kept, peers, strict=True) if pair[0].place % updates == part]
+        totals = step_totals(trainer, [group for group, _ in chosen])
+        outcomes = [
+            (group, judge(group, shown, trainer.contexts, config, totals))
+            for group, shown in chosen
+        ]
+        judged += outcomes
+        part_sums, gap = accumulate_gradients(
+            trainer.policy,
+            [outcome.row for _, each in outcomes for outcome in each if outcome.row],
+            config.objective,
+            micro_batch_tokens=config.micro_batch_tokens,
+            temperature=config.rollout.temperature,
+            step=step,
+        )
+        sums, largest_gap = sums + part_sums, max(largest_gap, gap)
+        world.sum_gradients(trainer.policy.model.parameters())
+        norm = max(
+            norm,
+            clipped_step(
+                trainer.optimizer,
+                trainer.policy.model.parameters(),
+                learning_rate=rate,
+                max_grad_norm=config.optimizer.max_grad_norm,
+            ),
+        )
+        after_update(trainer.policy, config.objective, updates=step * updates + part + 1)
     trainer.engine.update_weights(trainer.policy.model, version=step + 1)
     ended = time.perf_counter()
 
-    metrics = step_metrics(world, config, groups, judged, sums, largest_gap)
+    metrics = step_metrics(world, config, groups, judged, sums, largest_gap, step=step)
     metrics |= {
         "grad_norm": norm,
         "learning_rate": rate,
@@ -167,7 +178,20 @@ def train_step(
         "update_seconds": ended - sampled,
         "tokens_per_second": metrics["generated_tokens"] / (ended - started),
     }
-    return metrics, list(zip(groups, judged, strict=True))
+    judged = sorted(world.gather(judged), key=lambda pair: pair[0].place)
+    trainer.peers.remember(attempt for group, _ in judged for attempt in group.attempts)
+    return metrics, judged
+
+
+def step_totals(trainer: Trainer, groups: Sequence[Group]) -> StepTotals:
+    """What the mean of an update over these groups, of this rank, is over: sums of all ranks."""
+    counts = torch.tensor([len(groups), sum(sum(group.own_tokens) for group in groups)])
+    questions, tokens = trainer.world.sum_(counts).tolist()
+    return StepTotals(
+        questions=questions,
+        tokens=tokens,
+        max_new_tokens=trainer.config.rollout.max_new_tokens,
+    )
 
 
 def question_stream(questions: Sequence[Question], seed: int) -> Iterator[Question]:
@@ -245,9 +269,7 @@ def _steps(trainer: Trainer, run: RunFolder | None, console: Console) -> None:
         console.print(sample_table(evaluations[0][1].samples, title="samples before HSD"))
         with StepProgress(console, steps=config.steps, label="HSD") as progress:
             for step in range(config.steps):
-                questions = [next(stream) for _ in range(config.rollout.questions_per_step)]
-                metrics, judged = train_step(trainer, world.share(questions), step)
-                judged = world.gather(judged)
+                metrics, judged = train_step(trainer, stream, step)
                 done = step + 1
                 progress.advance(metrics, step=done)
                 if run:

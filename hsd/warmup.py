@@ -115,7 +115,7 @@ def _supervised_loss(
         solution = question.solution or ""
         hint = None
         if hinted < round(position * hint_share):
-            hint = contexts.teacher(question, peer_text=solution if hinted % 2 else None)
+            hint = contexts.teacher(question, peers=[solution] if hinted % 2 else [])
             hinted += 1
         prompts.append(hint.token_ids if hint else contexts.student(question))
         encoded: list[int] = tokenizer(solution, add_special_tokens=False)["input_ids"]
@@ -136,13 +136,19 @@ def _key(config: Config, questions: Sequence[Question], compute_dtype: torch.dty
         "model": _identity(config.model.name),
         "compute_dtype": str(compute_dtype),
         "warmup": dataclasses.asdict(config.warmup),
-        "template": dataclasses.asdict(load_template(config.context.template)),
+        "template": _hint_template(config.context.template),
         "system": config.context.system,
         "max_grad_norm": config.optimizer.max_grad_norm,
         "seed": config.seed,
         "questions": [[q.prompt, q.answer, q.solution] for q in questions],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _hint_template(name: str) -> dict[str, Any]:
+    """A template but for the blocks that no hint shows."""
+    texts = dataclasses.asdict(load_template(name))
+    return {key: text for key, text in texts.items() if key not in ("failed", "demonstration")}
 
 
 def _identity(name: str) -> list[object]:

@@ -1,0 +1,129 @@
+"""The groups of a step: sampled, judged, and filtered until the step is full."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from hsd.config import Config
+from hsd.data.contexts import ContextBuilder
+from hsd.data.peers import Attempt
+from hsd.data.questions import Question
+from hsd.data.verify import Verifier
+from hsd.distributed.process import World
+from hsd.objective.group_filter import GROUP_FILTERS
+from hsd.rollout.protocol import Rollout, RolloutEngine, Sampling, response_text, stream_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """A question with its rollouts, decoded and judged.
+
+    Attributes:
+        step: the training step that sampled it, from 0.
+        place: among the groups that the step keeps, over all processes; -1 if it is not kept.
+    """
+
+    question: Question
+    rollouts: Sequence[Rollout]
+    texts: Sequence[str]
+    rewards: Sequence[bool]
+    step: int = 0
+    place: int = 0
+
+    @property
+    def own_tokens(self) -> list[int]:
+        """Tokens of each rollout that the policy chose."""
+        return [sum(rollout.loss_mask) for rollout in self.rollouts]
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        """The rollouts as peer policies see them."""
+        return [
+            Attempt(
+                question_id=self.question.id,
+                step=self.step,
+                index=index,
+                text=text,
+                token_ids=rollout.token_ids,
+                logprobs=rollout.logprobs,
+                correct=correct,
+            )
+            for index, (rollout, text, correct) in enumerate(
+                zip(self.rollouts, self.texts, self.rewards, strict=True)
+            )
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSampler:
+    """What turns questions into judged groups."""
+
+    config: Config
+    engine: RolloutEngine
+    tokenizer: PreTrainedTokenizerBase
+    contexts: ContextBuilder
+    verify: Verifier
+    world: World
+
+    def sample(self, stream: Iterator[Question], step: int) -> list[Group]:
+        """This process's share of the groups of a step, those that are not kept too.
+
+        Rounds of sampling go on until as many groups as the step asks for pass the filter, or
+        rollout.sampling_rounds are done (dynamic sampling; DAPO, arXiv 2503.14476). Which
+        questions a round draws does not depend on the number of processes.
+        """
+        passes = GROUP_FILTERS[self.config.objective.group_filter]
+        wanted, kept = self.config.rollout.questions_per_step, 0
+        groups: list[Group] = []
+        for _ in range(self.config.rollout.sampling_rounds):
+            questions = [next(stream) for _ in range(wanted - kept)]
+            sampled = self._judged(self.world.share(questions), step)
+            flags = torch.zeros(len(questions), dtype=torch.int64)
+            flags[self.world.rank :: self.world.size] = torch.tensor(
+                [passes(rewards) for _, _, _, rewards in sampled], dtype=torch.int64
+            )
+            places = self.world.sum_(flags).cumsum(0) + kept - 1
+            for position, (question, rollouts, texts, rewards) in enumerate(sampled):
+                own = self.world.rank + position * self.world.size
+                groups.append(
+                    Group(
+                        question=question,
+                        rollouts=rollouts,
+                        texts=texts,
+                        rewards=rewards,
+                        step=step,
+                        place=int(places[own]) if flags[own] else -1,
+                    )
+                )
+            kept += int(flags.sum())
+            if kept == wanted:
+                break
+        return groups
+
+    def _judged(
+        self, questions: Sequence[Question], step: int
+    ) -> list[tuple[Question, list[Rollout], list[str], list[bool]]]:
+        rollout = self.config.rollout
+        sampled = self.engine.generate(
+            [self.contexts.student(question) for question in questions],
+            seeds=[stream_seed("rollout", self.config.seed, step, q.id) for q in questions],
+            group_size=rollout.group_size,
+            sampling=Sampling(
+                max_new_tokens=rollout.max_new_tokens,
+                temperature=rollout.temperature,
+                top_p=rollout.top_p,
+            ),
+        )
+        judged = []
+        for question, group in zip(questions, sampled, strict=True):
+            texts = [response_text(self.tokenizer, one) for one in group]
+            rewards = [self.verify(question, text) for text in texts]
+            judged.append((question, group, texts, rewards))
+        return judged
