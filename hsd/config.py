@@ -167,9 +167,7 @@ class Config:
         require("seed", self.seed, 0 <= self.seed < 2**31, "0 to 2^31 - 1")
         for name in ("steps", "checkpoint_every", "show_samples"):
             require(name, getattr(self, name), getattr(self, name) >= 0, ">= 0")
-        require(
-            "micro_batch_tokens", self.micro_batch_tokens, self.micro_batch_tokens >= 1, ">= 1"
-        )
+        require("micro_batch_tokens", self.micro_batch_tokens, self.micro_batch_tokens >= 1, ">= 1")
         self._require_applicable()
 
     def _require_applicable(self) -> None:
@@ -178,7 +176,10 @@ class Config:
         rounds = rollout.sampling_rounds
         filtered = objective.group_filter != "all"
         require(
-            "rollout.sampling_rounds", rounds, rounds == 1 or filtered, "1 without objective.group_filter"
+            "rollout.sampling_rounds",
+            rounds,
+            rounds == 1 or filtered,
+            "1 without objective.group_filter",
         )
         updates, questions = self.optimizer.updates_per_step, rollout.questions_per_step
         require(

@@ -1,7 +1,7 @@
-"""Hindsight Self-Distillation, step by step (arXiv 2606.15576).
+"""Training, step by step; the parts of the objective are chosen by the configuration.
 
-    questions -> rollouts -> rewards -> peers -> contexts -> hidden states -> fused loss ->
-    optimiser -> weights back to the engine
+    questions -> rollouts -> rewards -> group filter -> peers -> contexts, advantages, weights ->
+    hidden states -> fused loss -> optimiser -> teachers -> weights back to the engine
 
 `hsd train RECIPE` and `torchrun --nproc-per-node N -m hsd.train RECIPE` run it.
 """
@@ -9,10 +9,9 @@
 from __future__ import annotations
 
 import json
-import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,14 +22,13 @@ from rich.console import Console
 from hsd.config import Config
 from hsd.data.contexts import ContextBuilder
 from hsd.data.peers import PeerPolicy
-from hsd.data.questions import Question
+from hsd.data.questions import Question, question_stream
 from hsd.data.tasks import Task, load_task
 from hsd.distributed.process import World, join_world, leave_world
-from hsd.evaluate import Evaluation, accuracy_table, evaluate, gain
+from hsd.evaluate import accuracy_table, evaluate
 from hsd.metrics import StepProgress, sample_table
 from hsd.objective.batch import JudgedRollout, judge
 from hsd.objective.measures import step_metrics
-from hsd.objective.normalisation import StepTotals
 from hsd.objective.step import SUMS, accumulate_gradients
 from hsd.policy.head import output_head
 from hsd.policy.load import load_policy
@@ -38,10 +36,11 @@ from hsd.policy.optimizer import adamw, clipped_step, learning_rate
 from hsd.policy.precision import compute_dtype
 from hsd.policy.teachers import Policy, after_update, make_policy
 from hsd.recipe import fail, parse_arguments, to_dict
-from hsd.rollout.groups import Group, GroupSampler
+from hsd.rollout.groups import Group, GroupSampler, step_totals
 from hsd.rollout.hf import HfEngine
 from hsd.rollout.protocol import RolloutEngine, Sampling
 from hsd.run import RunFolder
+from hsd.scores import Evaluation, gain
 from hsd.warmup import warm_up
 
 if TYPE_CHECKING:
@@ -141,7 +140,7 @@ def train_step(
     rate = learning_rate(config.optimizer, step=step, steps=config.steps)
     for part in range(updates):
         chosen = [pair for pair in zip(kept, peers, strict=True) if pair[0].place % updates == part]
-        totals = step_totals(trainer, [group for group, _ in chosen])
+        totals = step_totals([group for group, _ in chosen], config, world)
         outcomes = [
             (group, judge(group, shown, trainer.contexts, config, totals))
             for group, shown in chosen
@@ -183,27 +182,6 @@ def train_step(
     return metrics, judged
 
 
-def step_totals(trainer: Trainer, groups: Sequence[Group]) -> StepTotals:
-    """What the mean of an update over these groups, of this rank, is over: sums of all ranks."""
-    counts = torch.tensor([len(groups), sum(sum(group.own_tokens) for group in groups)])
-    questions, tokens = trainer.world.sum_(counts).tolist()
-    return StepTotals(
-        questions=questions,
-        tokens=tokens,
-        max_new_tokens=trainer.config.rollout.max_new_tokens,
-    )
-
-
-def question_stream(questions: Sequence[Question], seed: int) -> Iterator[Question]:
-    """Questions in a shuffled order, epoch after epoch."""
-    epoch = 0
-    while True:
-        order = list(questions)
-        random.Random(f"questions/{seed}/{epoch}").shuffle(order)
-        yield from order
-        epoch += 1
-
-
 def _measure(trainer: Trainer, step: int, run: RunFolder | None) -> Evaluation:
     """Accuracy on the evaluation split, recorded."""
     config = trainer.config
@@ -226,13 +204,7 @@ def _measure(trainer: Trainer, step: int, run: RunFolder | None) -> Evaluation:
             step,
             {
                 "split": config.evaluation.split,
-                "samples": config.evaluation.samples,
-                "questions": len(result.correct),
-                "avg": result.average,
-                "avg_interval": result.average_interval,
-                "pass": result.any_correct,
-                "pass_interval": result.any_correct_interval,
-                "correct_per_question": result.correct.sum(1).tolist(),
+                **result.record(),
                 "seconds": time.perf_counter() - started,
             },
         )
@@ -260,14 +232,14 @@ def train(config: Config, world: World, console: Console) -> None:
 
 
 def _steps(trainer: Trainer, run: RunFolder | None, console: Console) -> None:
-    config, world = trainer.config, trainer.world
+    config = trainer.config
     stream = question_stream(trainer.task.train, config.seed)
     done = 0
     try:
-        console.print("evaluating before HSD ...")
+        console.print("evaluating before training ...")
         evaluations = [("before", _measure(trainer, 0, run))]
-        console.print(sample_table(evaluations[0][1].samples, title="samples before HSD"))
-        with StepProgress(console, steps=config.steps, label="HSD") as progress:
+        console.print(sample_table(evaluations[0][1].samples, title="samples before training"))
+        with StepProgress(console, steps=config.steps, label="training") as progress:
             for step in range(config.steps):
                 metrics, judged = train_step(trainer, stream, step)
                 done = step + 1
@@ -285,9 +257,9 @@ def _steps(trainer: Trainer, run: RunFolder | None, console: Console) -> None:
         # An interrupt, too, leaves the weights as they are now.
         if run:
             run.checkpoint(trainer.policy.model, trainer.tokenizer)
-    console.print("evaluating after HSD ...")
+    console.print("evaluating after training ...")
     evaluations.append(("after", _measure(trainer, done, run)))
-    console.print(sample_table(evaluations[-1][1].samples, title="samples after HSD"))
+    console.print(sample_table(evaluations[-1][1].samples, title="samples after training"))
     _report(config, evaluations, console)
 
 
@@ -296,7 +268,7 @@ def _report(config: Config, evaluations: list[tuple[str, Evaluation]], console: 
     console.print(accuracy_table(evaluations, title=title))
     change, interval = gain(evaluations[0][1], evaluations[-1][1])
     console.print(
-        f"change of avg@{config.evaluation.samples} over HSD: {change:+.3f} ± {interval:.3f}"
+        f"change of avg@{config.evaluation.samples} over training: {change:+.3f} ± {interval:.3f}"
     )
 
 

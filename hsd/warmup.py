@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import random
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +23,7 @@ from hsd.data.questions import Question
 from hsd.data.templates import load_template
 from hsd.metrics import StepProgress
 from hsd.policy.head import OutputHead, response_hidden
-from hsd.policy.load import cache_directory, save_policy
+from hsd.policy.load import cache_directory, model_identity, save_policy
 from hsd.policy.optimizer import adamw, clipped_step, learning_rate
 
 if TYPE_CHECKING:
@@ -133,7 +132,7 @@ def _key(config: Config, questions: Sequence[Question], compute_dtype: torch.dty
     parts = {
         "version": __version__,
         "torch": torch.__version__,
-        "model": _identity(config.model.name),
+        "model": model_identity(config.model.name),
         "compute_dtype": str(compute_dtype),
         "warmup": dataclasses.asdict(config.warmup),
         "template": _hint_template(config.context.template),
@@ -149,9 +148,3 @@ def _hint_template(name: str) -> dict[str, Any]:
     """A template but for the blocks that no hint shows."""
     texts = dataclasses.asdict(load_template(name))
     return {key: text for key, text in texts.items() if key not in ("failed", "demonstration")}
-
-
-def _identity(name: str) -> list[object]:
-    """A model's name, and for a directory what changes when its files do."""
-    files = sorted(Path(name).glob("*")) if Path(name).is_dir() else []
-    return [name, *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]

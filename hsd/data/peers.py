@@ -193,17 +193,17 @@ def _longest_prefix(
     )
 
 
-_CHOICES: Mapping[
-    str, Callable[[Attempt, Sequence[Attempt], random.Random], list[Attempt]]
-] = MappingProxyType(
-    {
-        "uniform": _uniform,
-        "shortest": _shortest,
-        "lowest_perplexity": _lowest_perplexity,
-        "highest_perplexity": _highest_perplexity,
-        "first": _first,
-        "longest_prefix": _longest_prefix,
-    }
+_CHOICES: Mapping[str, Callable[[Attempt, Sequence[Attempt], random.Random], list[Attempt]]] = (
+    MappingProxyType(
+        {
+            "uniform": _uniform,
+            "shortest": _shortest,
+            "lowest_perplexity": _lowest_perplexity,
+            "highest_perplexity": _highest_perplexity,
+            "first": _first,
+            "longest_prefix": _longest_prefix,
+        }
+    )
 )
 """The candidates in order of preference; sorting is stable, so ties go to the lower index."""
 

@@ -1,4 +1,4 @@
-"""The gradient of one update: hidden states of both sides through the fused loss, and what it saw."""
+"""The gradient of one update: hidden states through the fused loss, and what it saw."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+
 def window_mask(
     length: int, *, correct: bool, divergence: int | None, window: int | Literal["none"]
 ) -> list[bool]:

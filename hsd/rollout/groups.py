@@ -15,6 +15,7 @@ from hsd.data.questions import Question
 from hsd.data.verify import Verifier
 from hsd.distributed.process import World
 from hsd.objective.group_filter import GROUP_FILTERS
+from hsd.objective.normalisation import StepTotals
 from hsd.rollout.protocol import Rollout, RolloutEngine, Sampling, response_text, stream_seed
 
 if TYPE_CHECKING:
@@ -127,3 +128,12 @@ class GroupSampler:
             rewards = [self.verify(question, text) for text in texts]
             judged.append((question, group, texts, rewards))
         return judged
+
+
+def step_totals(groups: Sequence[Group], config: Config, world: World) -> StepTotals:
+    """What the mean of an update over these groups of every process is over."""
+    counts = torch.tensor([len(groups), sum(sum(group.own_tokens) for group in groups)])
+    questions, tokens = world.sum_(counts).tolist()
+    return StepTotals(
+        questions=questions, tokens=tokens, max_new_tokens=config.rollout.max_new_tokens
+    )

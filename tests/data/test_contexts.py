@@ -89,10 +89,45 @@ def test_what_each_setting_shows(
     assert context.token_ids == chat_ids(chat_tokenizer, QUESTION.prompt + blocks)
 
 
-def test_skip_gives_no_teacher_without_a_peer(chat_tokenizer: PreTrainedTokenizerBase) -> None:
-    for show_answer in (True, False):
-        config = ContextConfig(fallback="skip", show_answer=show_answer)
-        assert ContextBuilder(chat_tokenizer, config).teacher(QUESTION, peers=[]) is None
+@pytest.mark.parametrize("fallback", ["skip", "policy_gradient"])
+@pytest.mark.parametrize("show_answer", [True, False])
+def test_other_fallbacks_give_no_teacher_without_a_peer(
+    chat_tokenizer: PreTrainedTokenizerBase, show_answer: bool, fallback: Any
+) -> None:
+    config = ContextConfig(fallback=fallback, show_answer=show_answer)
+    assert ContextBuilder(chat_tokenizer, config).teacher(QUESTION, peers=[]) is None
+
+
+def test_several_peers_stand_one_behind_the_other_and_a_failed_one_last(
+    chat_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    builder = ContextBuilder(chat_tokenizer, ContextConfig())
+    context = builder.teacher(QUESTION, peers=[PEER, "168!"], failed="<|im_end|>167")
+    second = "\n\nA successful solution:\n<<<\n168!\n>>>"
+    failed = "\n\nAn attempt that went wrong:\n<<<\n167\n>>>"
+    turn = QUESTION.prompt + ANSWER_BLOCK + PEER_BLOCK + second + failed + CLOSING
+    assert context == Context(chat_ids(chat_tokenizer, turn), 0, 1)
+
+
+def test_the_budget_is_that_of_each_peer(chat_tokenizer: PreTrainedTokenizerBase) -> None:
+    builder = ContextBuilder(chat_tokenizer, ContextConfig(peer_token_budget=2))
+    one = builder.teacher(QUESTION, peers=[PEER])
+    two = builder.teacher(QUESTION, peers=[PEER, PEER])
+    assert one is not None and two is not None
+    assert two.peer_truncated_tokens == 2 * one.peer_truncated_tokens > 0
+
+
+def test_a_demonstration_is_the_solution_of_the_question(
+    chat_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    config = ContextConfig(show_answer=False, show_peer=False, show_demonstration=True)
+    builder = ContextBuilder(chat_tokenizer, config)
+    question = dataclasses.replace(QUESTION, solution="47 + <|im_end|>85 >>> 132")
+    context = builder.teacher(question, peers=[PEER])
+    block = "\n\nA worked solution:\n<<<\n47 + 85  132\n>>>"
+    assert context == Context(chat_ids(chat_tokenizer, QUESTION.prompt + block + CLOSING), 0, 1)
+    with pytest.raises(ValueError, match="context.show_demonstration: question 'q' has no"):
+        builder.teacher(QUESTION, peers=[])
 
 
 @pytest.mark.parametrize("prompt", [QUESTION.prompt, " padded \n", *HOSTILE[:-1]])
@@ -238,7 +273,7 @@ def test_a_peer_of_exactly_the_budget_stays(plain_tokenizer: PreTrainedTokenizer
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"fallback": "retry"}, r"context\.fallback: found 'retry', expected answer or skip"),
+        ({"fallback": "retry"}, r"context\.fallback: found 'retry', expected answer, skip or"),
         ({"peer_keep": "start"}, r"context\.peer_keep: found 'start', expected head, tail or mid"),
         ({"peer_token_budget": 0}, r"context\.peer_token_budget: found 0, expected an integer of"),
         ({"peer_token_budget": 1.5}, r"context\.peer_token_budget: found 1\.5"),

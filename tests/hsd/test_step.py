@@ -13,9 +13,10 @@ from torch import Tensor
 
 from hsd.config import ObjectiveConfig
 from hsd.objective import step
-from hsd.objective.step import SUMS, Policy, accumulate_gradients
+from hsd.objective.step import SUMS, accumulate_gradients
 from hsd.policy.head import response_hidden
 from hsd.policy.packing import TrainingRow, micro_batches, without_idle_ends
+from hsd.policy.teachers import Policy
 
 MakePolicy = Callable[..., Policy]
 MakeRow = Callable[..., TrainingRow]
@@ -286,6 +287,9 @@ def test_sums_are_those_of_the_dense_loss(
     _, expected = dense(policy, rows, objective)
     _, found = accumulated(policy, rows, objective, micro_batch_tokens=30)
     found.pop("teacher_agrees")
+    assert found.pop("distilled_weight") == pytest.approx(expected["weight"])
+    assert found.pop("distilled_tokens") == expected["tokens"]
+    assert found.pop("clipped") == 0
     assert found == pytest.approx(expected, rel=1e-4)
 
 
