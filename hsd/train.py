@@ -22,7 +22,7 @@ from rich.console import Console
 from hsd.config import Config
 from hsd.data.contexts import ContextBuilder
 from hsd.data.peers import PeerPolicy
-from hsd.data.questions import Question, question_stream
+from hsd.data.questions import Question, question_stream, require_solutions
 from hsd.data.tasks import Task, load_task
 from hsd.distributed.process import World, join_world, leave_world
 from hsd.evaluate import accuracy_table, evaluate
@@ -78,6 +78,8 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
         raise ValueError(
             f"evaluation.split: found no question in {config.evaluation.split}, expected some"
         )
+    if config.context.show_demonstration:
+        require_solutions(task.train, option="context.show_demonstration")
     model, tokenizer = world.main_first(lambda: load_policy(config.model.name))
     contexts = ContextBuilder(tokenizer, config.context)
     dtype = compute_dtype(config.model.compute_dtype)
@@ -119,6 +121,7 @@ def train_step(
         tokenizer=trainer.tokenizer,
         contexts=trainer.contexts,
         verify=trainer.task.verify,
+        sampling=trainer.sampling,
         world=world,
     )
     groups = sampler.sample(stream, step)

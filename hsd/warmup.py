@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from hsd import __version__
 from hsd.config import Config, OptimizerConfig
 from hsd.data.contexts import ContextBuilder, ContextConfig
-from hsd.data.questions import Question
+from hsd.data.questions import Question, require_solutions
 from hsd.data.templates import load_template
 from hsd.metrics import StepProgress
 from hsd.policy.head import OutputHead, response_hidden
@@ -52,11 +52,7 @@ def warm_up(
     Raises:
         ValueError: a question has no worked solution.
     """
-    missing = next((question.id for question in questions if question.solution is None), None)
-    if missing is not None:
-        raise ValueError(
-            f"warmup.steps: question {missing!r} has no solution, expected one in each"
-        )
+    require_solutions(questions, option="warmup.steps")
     path = cache_directory() / "warmup" / _key(config, questions, compute_dtype)
     if path.exists():
         console.print(f"warm-up: cached weights of {config.warmup.steps} steps")

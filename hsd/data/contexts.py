@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from hsd.data.questions import Question
+from hsd.data.questions import Question, require_solutions
 from hsd.data.templates import load_template
 from hsd.data.untrusted import drop_strings
 
@@ -147,12 +147,8 @@ class ContextBuilder:
             blocks += template.answer[0] + answer + template.answer[1]
             removed += dropped
         if config.show_demonstration:
-            if question.solution is None:
-                raise ValueError(
-                    f"context.show_demonstration: question {question.id!r} has no solution, "
-                    "expected one in each"
-                )
-            solution, dropped = self._clean_peer(question.solution)
+            require_solutions([question], option="context.show_demonstration")
+            solution, dropped = self._clean_peer(question.solution or "")
             blocks += template.demonstration[0] + solution + template.demonstration[1]
             removed += dropped
         if config.show_peer:

@@ -74,6 +74,17 @@ def load_jsonl(path: Path) -> list[Question]:
     return questions
 
 
+def require_solutions(questions: Sequence[Question], *, option: str) -> None:
+    """Checks that every question has a worked solution, which `option` is to show.
+
+    Raises:
+        ValueError: one has none; names the option and the question.
+    """
+    missing = next((question.id for question in questions if question.solution is None), None)
+    if missing is not None:
+        raise ValueError(f"{option}: question {missing!r} has no solution, expected one in each")
+
+
 def question_stream(questions: Sequence[Question], seed: int) -> Iterator[Question]:
     """Questions in a shuffled order, epoch after epoch."""
     epoch = 0

@@ -71,6 +71,7 @@ class GroupSampler:
     tokenizer: PreTrainedTokenizerBase
     contexts: ContextBuilder
     verify: Verifier
+    sampling: Sampling
     world: World
 
     def sample(self, stream: Iterator[Question], step: int) -> list[Group]:
@@ -111,16 +112,11 @@ class GroupSampler:
     def _judged(
         self, questions: Sequence[Question], step: int
     ) -> list[tuple[Question, list[Rollout], list[str], list[bool]]]:
-        rollout = self.config.rollout
         sampled = self.engine.generate(
             [self.contexts.student(question) for question in questions],
             seeds=[stream_seed("rollout", self.config.seed, step, q.id) for q in questions],
-            group_size=rollout.group_size,
-            sampling=Sampling(
-                max_new_tokens=rollout.max_new_tokens,
-                temperature=rollout.temperature,
-                top_p=rollout.top_p,
-            ),
+            group_size=self.config.rollout.group_size,
+            sampling=self.sampling,
         )
         judged = []
         for question, group in zip(questions, sampled, strict=True):

@@ -126,7 +126,7 @@ def test_a_demonstration_is_the_solution_of_the_question(
     context = builder.teacher(question, peers=[PEER])
     block = "\n\nA worked solution:\n<<<\n47 + 85  132\n>>>"
     assert context == Context(chat_ids(chat_tokenizer, QUESTION.prompt + block + CLOSING), 0, 1)
-    with pytest.raises(ValueError, match="context.show_demonstration: question 'q' has no"):
+    with pytest.raises(ValueError, match=r"context\.show_demonstration: question 'q' has no"):
         builder.teacher(QUESTION, peers=[])
 
 

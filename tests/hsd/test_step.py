@@ -218,6 +218,20 @@ def test_the_policy_that_is_trained_is_the_one_that_is_sampled(
 
 
 @pytest.mark.gradient
+def test_scalars_follow_their_schedules(make_policy: MakePolicy, rows: list[TrainingRow]) -> None:
+    schedule = ObjectiveConfig(kl_coef=((0, 1.0), (8, 0.0)), ref_coef=((0, 0.0), (4, 2 * REF_COEF)))
+    policy = make_policy()
+    full, _ = dense(policy, rows, ObjectiveConfig(ref_coef=2 * REF_COEF))
+    policy.model.zero_grad(set_to_none=True)
+    accumulate_gradients(policy, rows, schedule, micro_batch_tokens=10_000, temperature=1.0, step=2)
+    found = torch.cat([parameter.grad.flatten() for parameter in policy.model.parameters()])
+    # At step 2: 3/4 of the divergence and half of the reference's 2 REF_COEF.
+    only_kl, _ = dense(policy, rows, ObjectiveConfig(ref_coef=0.0))
+    expected = 0.75 * only_kl + 0.5 * (full - only_kl)
+    assert relative_error(found, expected) <= 1e-4
+
+
+@pytest.mark.gradient
 def test_gradients_add_up_over_calls(make_policy: MakePolicy, rows: list[TrainingRow]) -> None:
     policy, objective = make_policy(), ObjectiveConfig(ref_coef=REF_COEF)
     expected, _ = dense(policy, rows, objective)

@@ -109,28 +109,51 @@ def without_timings(path: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k not in timings} for record in records]
 
 
-@pytest.mark.parametrize("questions", [3, 1], ids=["uneven ranks", "an idle rank"])
+FILTERED = {
+    "rollout": {"questions_per_step": 3, "sampling_rounds": 4, "group_size": 3},
+    "objective": {
+        "group_filter": "mixed",
+        "advantage": "standardised",
+        "token_loss": "sequence_ratio",
+        "normalisation": "token_global",
+        "teacher": "ema",
+    },
+    "optimizer": {"updates_per_step": 2},
+    "peers": {"source": "other_prompt"},
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rollout": {"questions_per_step": 3}},
+        {"rollout": {"questions_per_step": 1}},
+        FILTERED,
+        {"rollout": {"questions_per_step": 3}, "peers": {"source": "buffer"}},
+    ],
+    ids=["uneven ranks", "an idle rank", "filtered groups and two updates", "buffer"],
+)
 def test_two_ranks_train_as_one(
-    questions: int,
+    changes: dict[str, Any],
     tmp_path: Path,
     make_recipe: Callable[..., Path],
     run_hsd: Callable[..., int],
 ) -> None:
-    recipe = make_recipe(tmp_path / "recipe", {"rollout": {"questions_per_step": questions}})
+    recipe = make_recipe(tmp_path / "recipe", changes)
     one, two = tmp_path / "one", tmp_path / "two"
     done = launch("-m", "hsd.train", recipe, "--run-dir", two, cache=tmp_path / "other-cache")
     assert done.returncode == 0, done.stderr
     assert run_hsd("train", recipe, "--run-dir", one) == 0
     assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
     drawn = [
-        [(r["step"], r["question"], r["index"], r["token_ids"], r["peer"]) for r in records]
+        [(r["step"], r["question"], r["index"], r["token_ids"], r["peers"]) for r in records]
         for records in (read_json_lines(path / "rollouts.jsonl") for path in (one, two))
     ]
     assert drawn[0] == drawn[1]
     for record, other in zip(without_timings(one), without_timings(two), strict=True):
         assert record.pop("split", None) == other.pop("split", None)
-        per_question = "correct_per_question"
-        assert record.pop(per_question, None) == other.pop(per_question, None)
+        for nested in ("correct_per_question", "pass_at"):
+            assert record.pop(nested, None) == other.pop(nested, None)
         assert other == pytest.approx(record, rel=1e-3, abs=1e-5)
     assert done.stdout.count("change of avg@2 over training") == 1
 
