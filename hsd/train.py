@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from rich.console import Console
@@ -36,7 +36,7 @@ from hsd.policy.optimizer import adamw, clipped_step, learning_rate
 from hsd.policy.precision import compute_dtype
 from hsd.policy.teachers import Policy, after_update, make_policy
 from hsd.recipe import fail, parse_arguments, to_dict
-from hsd.rollout.groups import Group, GroupSampler, step_totals
+from hsd.rollout.groups import Group, GroupSampler, choose_peers, step_totals
 from hsd.rollout.hf import HfEngine
 from hsd.rollout.protocol import RolloutEngine, Sampling
 from hsd.run import RunFolder
@@ -105,9 +105,35 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
     )
 
 
+Judged: TypeAlias = tuple[Group, list[JudgedRollout]]
+
+
+def update(
+    trainer: Trainer, judged: Sequence[Judged], step: int
+) -> tuple[torch.Tensor, float, float]:
+    """One optimiser update; what `accumulate_gradients` returns, and the gradient's norm."""
+    config, model = trainer.config, trainer.policy.model
+    sums, largest_gap = accumulate_gradients(
+        trainer.policy,
+        [outcome.row for _, outcomes in judged for outcome in outcomes if outcome.row],
+        config.objective,
+        micro_batch_tokens=config.micro_batch_tokens,
+        temperature=config.rollout.temperature,
+        step=step,
+    )
+    trainer.world.sum_gradients(model.parameters())
+    norm = clipped_step(
+        trainer.optimizer,
+        model.parameters(),
+        learning_rate=learning_rate(config.optimizer, step=step, steps=config.steps),
+        max_grad_norm=config.optimizer.max_grad_norm,
+    )
+    return sums, largest_gap, norm
+
+
 def train_step(
     trainer: Trainer, stream: Iterator[Question], step: int
-) -> tuple[dict[str, float], list[tuple[Group, list[JudgedRollout]]]]:
+) -> tuple[dict[str, float], list[Judged]]:
     """One step on questions from the stream.
 
     Returns:
@@ -128,19 +154,10 @@ def train_step(
     kept = [group for group in groups if group.place >= 0]
     sampled = time.perf_counter()
 
-    # Peers may come from any group of the step, whichever process sampled it.
-    attempts = [group.attempts for group in kept]
-    others = []
-    if trainer.peers.needs_other_groups:
-        places = [group.place for group in kept]
-        shared = world.gather(list(zip(places, attempts, strict=True)))
-        others = [one for _, group in sorted(shared, key=lambda pair: pair[0]) for one in group]
-    peers = [trainer.peers.choose(group, others) for group in attempts]
-
-    judged: list[tuple[Group, list[JudgedRollout]]] = []
+    peers = choose_peers(trainer.peers, kept, world)
+    judged: list[Judged] = []
     sums, largest_gap, norm = torch.zeros(len(SUMS), dtype=torch.float64), 0.0, 0.0
     updates = config.optimizer.updates_per_step
-    rate = learning_rate(config.optimizer, step=step, steps=config.steps)
     for part in range(updates):
         chosen = [pair for pair in zip(kept, peers, strict=True) if pair[0].place % updates == part]
         totals = step_totals([group for group, _ in chosen], config, world)
@@ -149,33 +166,16 @@ def train_step(
             for group, shown in chosen
         ]
         judged += outcomes
-        part_sums, gap = accumulate_gradients(
-            trainer.policy,
-            [outcome.row for _, each in outcomes for outcome in each if outcome.row],
-            config.objective,
-            micro_batch_tokens=config.micro_batch_tokens,
-            temperature=config.rollout.temperature,
-            step=step,
-        )
-        sums, largest_gap = sums + part_sums, max(largest_gap, gap)
-        world.sum_gradients(trainer.policy.model.parameters())
-        norm = max(
-            norm,
-            clipped_step(
-                trainer.optimizer,
-                trainer.policy.model.parameters(),
-                learning_rate=rate,
-                max_grad_norm=config.optimizer.max_grad_norm,
-            ),
-        )
+        part_sums, gap, part_norm = update(trainer, outcomes, step)
         after_update(trainer.policy, config.objective, updates=step * updates + part + 1)
+        sums, largest_gap, norm = sums + part_sums, max(largest_gap, gap), max(norm, part_norm)
     trainer.engine.update_weights(trainer.policy.model, version=step + 1)
     ended = time.perf_counter()
 
     metrics = step_metrics(world, config, groups, judged, sums, largest_gap, step=step)
     metrics |= {
         "grad_norm": norm,
-        "learning_rate": rate,
+        "learning_rate": trainer.optimizer.param_groups[0]["lr"],
         "rollout_seconds": sampled - started,
         "update_seconds": ended - sampled,
         "tokens_per_second": metrics["generated_tokens"] / (ended - started),

@@ -10,7 +10,7 @@ import torch
 
 from hsd.config import Config
 from hsd.data.contexts import ContextBuilder
-from hsd.data.peers import Attempt
+from hsd.data.peers import Attempt, PeerPolicy, Peers
 from hsd.data.questions import Question
 from hsd.data.verify import Verifier
 from hsd.distributed.process import World
@@ -133,3 +133,15 @@ def step_totals(groups: Sequence[Group], config: Config, world: World) -> StepTo
     return StepTotals(
         questions=questions, tokens=tokens, max_new_tokens=config.rollout.max_new_tokens
     )
+
+
+def choose_peers(policy: PeerPolicy, groups: Sequence[Group], world: World) -> list[list[Peers]]:
+    """The peers of each rollout of this process's groups."""
+    attempts = [group.attempts for group in groups]
+    others: list[Attempt] = []
+    if policy.needs_other_groups:
+        # A peer may come from any group of the step, whichever process sampled it.
+        places = [group.place for group in groups]
+        shared = world.gather(list(zip(places, attempts, strict=True)))
+        others = [one for _, group in sorted(shared, key=lambda pair: pair[0]) for one in group]
+    return [policy.choose(group, others) for group in attempts]
