@@ -111,11 +111,18 @@ Judged: TypeAlias = tuple[Group, list[JudgedRollout]]
 def update(
     trainer: Trainer, judged: Sequence[Judged], step: int
 ) -> tuple[torch.Tensor, float, float]:
-    """One optimiser update; what `accumulate_gradients` returns, and the gradient's norm."""
+    """One optimiser update; what `accumulate_gradients` returns, and the gradient's norm.
+
+    Without a row with weight on any rank there is none: momentum alone would move the weights.
+    """
     config, model = trainer.config, trainer.policy.model
+    rows = [outcome.row for _, outcomes in judged for outcome in outcomes if outcome.row]
+    weighted = torch.tensor(sum(any(row.weights) for row in rows))
+    if not trainer.world.sum_(weighted):
+        return torch.zeros(len(SUMS), dtype=torch.float64), 0.0, 0.0
     sums, largest_gap = accumulate_gradients(
         trainer.policy,
-        [outcome.row for _, outcomes in judged for outcome in outcomes if outcome.row],
+        rows,
         config.objective,
         micro_batch_tokens=config.micro_batch_tokens,
         temperature=config.rollout.temperature,
@@ -175,7 +182,7 @@ def train_step(
     metrics = step_metrics(world, config, groups, judged, sums, largest_gap, step=step)
     metrics |= {
         "grad_norm": norm,
-        "learning_rate": trainer.optimizer.param_groups[0]["lr"],
+        "learning_rate": learning_rate(config.optimizer, step=step, steps=config.steps),
         "rollout_seconds": sampled - started,
         "update_seconds": ended - sampled,
         "tokens_per_second": metrics["generated_tokens"] / (ended - started),

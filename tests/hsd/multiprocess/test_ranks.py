@@ -123,6 +123,19 @@ FILTERED = {
 }
 
 
+# Steps without a group to learn from lie between others.
+SPARSE = {
+    "steps": 6,
+    "rollout": {"questions_per_step": 1, "group_size": 2},
+    "objective": {
+        "group_filter": "mixed",
+        "advantage": "centred",
+        "token_loss": "token_ratio",
+        "teacher": "none",
+    },
+}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -130,8 +143,9 @@ FILTERED = {
         {"rollout": {"questions_per_step": 1}},
         FILTERED,
         {"rollout": {"questions_per_step": 3}, "peers": {"source": "buffer"}},
+        SPARSE,
     ],
-    ids=["uneven ranks", "an idle rank", "filtered groups and two updates", "buffer"],
+    ids=["uneven ranks", "an idle rank", "filtered groups and two updates", "buffer", "sparse"],
 )
 def test_two_ranks_train_as_one(
     changes: dict[str, Any],
