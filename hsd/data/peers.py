@@ -208,6 +208,30 @@ _CHOICES: Mapping[str, Callable[[Attempt, Sequence[Attempt], random.Random], lis
 """The candidates in order of preference; sorting is stable, so ties go to the lower index."""
 
 
+def uniform_peers(
+    rewards: Sequence[bool], *, seed: int, step: int, question_id: str
+) -> list[int | None]:
+    """The published policy's draw for a group of which only the outcomes are at hand.
+
+    Returns:
+        the index of one peer per rollout, None where no other rollout succeeded.
+    """
+    attempts = [
+        Attempt(
+            question_id=question_id,
+            step=step,
+            index=index,
+            text="",
+            token_ids=(),
+            logprobs=(),
+            correct=bool(reward),
+        )
+        for index, reward in enumerate(rewards)
+    ]
+    chosen = PeerPolicy(PeerConfig(), seed=seed).choose(attempts)
+    return [peers.successes[0].index if peers.successes else None for peers in chosen]
+
+
 def divergence_position(rollout_ids: Sequence[int], peer_ids: Sequence[int]) -> int:
     """tau: the first index, from 0, where the token ids differ.
 

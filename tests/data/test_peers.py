@@ -14,6 +14,7 @@ from hsd.data.peers import (
     Peers,
     divergence_position,
     expected_coverage,
+    uniform_peers,
 )
 
 
@@ -114,6 +115,14 @@ def test_draws_are_the_same_in_another_process() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == str(draw([True] * 8, 0))
+
+
+def test_outcomes_alone_give_the_draw_of_the_run() -> None:
+    rewards = [True, False, True, True, False, True]
+    for step in range(30):
+        found = uniform_peers(rewards, seed=3, step=step, question_id="r")
+        assert found == draw(rewards, step, seed=3, question_id="r")
+    assert uniform_peers([True, False], seed=3, step=0, question_id="r") == [None, 0]
 
 
 TOKENS = [[1, 2, 3, 9], [1, 2], [1, 5, 6], [7], [1, 2, 3, 4, 5]]
