@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from hsd.evaluate import half_width
 from hsd.metrics import read_json_lines
+from hsd.scores import half_width
 
 RECIPES = ("quickstart", "quickstart_published", "quickstart_control")
 

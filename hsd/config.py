@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pydantic
 
+from hsd.checks import require
 from hsd.data.contexts import ContextConfig
+from hsd.data.peers import PeerConfig
 from hsd.data.tasks import ArithmeticTask, TaskConfig
-
-
-def _require(name: str, value: object, condition: bool, expected: str) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name}: found {value!r}, expected a finite number")
-    if not condition:
-        raise ValueError(f"{name}: found {value!r}, expected {expected}")
+from hsd.objective.config import ObjectiveConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +48,10 @@ class WarmupConfig:
     hint_share: float = 0.5
 
     def __post_init__(self) -> None:
-        _require("warmup.hint_share", self.hint_share, 0 <= self.hint_share <= 1, "0 to 1")
-        _require("warmup.steps", self.steps, self.steps >= 0, "an integer >= 0")
-        _require("warmup.batch_size", self.batch_size, self.batch_size >= 1, "an integer >= 1")
-        _require("warmup.learning_rate", self.learning_rate, self.learning_rate > 0, "> 0")
+        require("warmup.hint_share", self.hint_share, 0 <= self.hint_share <= 1, "0 to 1")
+        require("warmup.steps", self.steps, self.steps >= 0, "an integer >= 0")
+        require("warmup.batch_size", self.batch_size, self.batch_size >= 1, "an integer >= 1")
+        require("warmup.learning_rate", self.learning_rate, self.learning_rate > 0, "> 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +60,8 @@ class RolloutConfig:
 
     Args:
         questions_per_step: Q, over all ranks.
+        sampling_rounds: most rounds of sampling to fill a step with Q groups that pass
+            objective.group_filter.
         group_size: G rollouts per question.
         max_new_tokens: rollouts that reach it are cut, and stay in the loss.
         temperature: of sampling, > 0.
@@ -73,6 +70,7 @@ class RolloutConfig:
     """
 
     questions_per_step: int = 8
+    sampling_rounds: int = 1
     group_size: int = 8
     max_new_tokens: int = 256
     temperature: float = 1.0
@@ -80,50 +78,11 @@ class RolloutConfig:
     batch_rows: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("questions_per_step", "max_new_tokens", "batch_rows"):
-            _require(f"rollout.{name}", getattr(self, name), getattr(self, name) >= 1, ">= 1")
-        _require("rollout.group_size", self.group_size, self.group_size >= 2, ">= 2, or no peers")
-        _require("rollout.temperature", self.temperature, self.temperature > 0, "> 0")
-        _require("rollout.top_p", self.top_p, 0 < self.top_p <= 1, "0 < top_p <= 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    """The loss.
-
-    Args:
-        teacher: whose weights see the context: the "live" policy's, as published, or the
-            "initial" ones, where HSD starts.
-        divergence: forward_kl is the paper's KL(teacher || student).
-        jsd_beta: the teacher's share of the mixture; jsd only.
-        ref_coef: beta, the factor of KL(student || initial weights).
-        window: tokens past the divergence from the peer that keep weight in a failed rollout; a
-            failed rollout without a peer then has none. "none": the published form, all tokens.
-        mask: "failures" leaves correct rollouts out.
-        max_chunk_bytes: of logits held at one time; None is the library's default.
-    """
-
-    teacher: Literal["live", "initial"] = "live"
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    jsd_beta: float = 0.5
-    ref_coef: float = 1e-3
-    window: int | Literal["none"] = "none"
-    mask: Literal["all", "failures"] = "all"
-    max_chunk_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        _require("objective.jsd_beta", self.jsd_beta, 0 <= self.jsd_beta <= 1, "0 to 1")
-        _require(
-            "objective.jsd_beta",
-            self.jsd_beta,
-            self.divergence == "jsd" or self.jsd_beta == 0.5,
-            "objective.divergence = 'jsd' beside it",
-        )
-        _require("objective.ref_coef", self.ref_coef, self.ref_coef >= 0, ">= 0")
-        window = self.window
-        _require("objective.window", window, window == "none" or window >= 0, ">= 0 or none")
-        chunk = self.max_chunk_bytes
-        _require("objective.max_chunk_bytes", chunk, chunk is None or chunk >= 1, ">= 1")
+        for name in ("questions_per_step", "sampling_rounds", "max_new_tokens", "batch_rows"):
+            require(f"rollout.{name}", getattr(self, name), getattr(self, name) >= 1, ">= 1")
+        require("rollout.group_size", self.group_size, self.group_size >= 2, ">= 2, or no peers")
+        require("rollout.temperature", self.temperature, self.temperature > 0, "> 0")
+        require("rollout.top_p", self.top_p, 0 < self.top_p <= 1, "0 < top_p <= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,17 +94,22 @@ class OptimizerConfig:
         schedule: after the warm-up "constant", or "linear" decay toward a tenth.
         warmup_steps: of linear increase.
         max_grad_norm: gradients are clipped to it.
+        updates_per_step: parts that a step's questions are split into, one update each; from the
+            second on, the policy is no longer the one that sampled.
     """
 
     learning_rate: float = 1e-6
     schedule: Literal["constant", "linear"] = "constant"
     warmup_steps: int = 0
     max_grad_norm: float = 1.0
+    updates_per_step: int = 1
 
     def __post_init__(self) -> None:
-        _require("optimizer.learning_rate", self.learning_rate, self.learning_rate > 0, "> 0")
-        _require("optimizer.warmup_steps", self.warmup_steps, self.warmup_steps >= 0, ">= 0")
-        _require("optimizer.max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "> 0")
+        require("optimizer.learning_rate", self.learning_rate, self.learning_rate > 0, "> 0")
+        require("optimizer.warmup_steps", self.warmup_steps, self.warmup_steps >= 0, ">= 0")
+        require("optimizer.max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "> 0")
+        updates = self.updates_per_step
+        require("optimizer.updates_per_step", updates, updates >= 1, ">= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +126,8 @@ class VerifierConfig:
 
     def __post_init__(self) -> None:
         workers = self.workers
-        _require("verifier.workers", workers, workers is None or workers >= 1, ">= 1")
-        _require("verifier.timeout", self.timeout, self.timeout > 0, "> 0 seconds")
+        require("verifier.workers", workers, workers is None or workers >= 1, ">= 1")
+        require("verifier.timeout", self.timeout, self.timeout > 0, "> 0 seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,8 +145,8 @@ class EvaluationConfig:
     every: int = 0
 
     def __post_init__(self) -> None:
-        _require("evaluation.samples", self.samples, self.samples >= 1, ">= 1")
-        _require("evaluation.every", self.every, self.every >= 0, ">= 0")
+        require("evaluation.samples", self.samples, self.samples >= 1, ">= 1")
+        require("evaluation.every", self.every, self.every >= 0, ">= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +157,7 @@ class Config:
         run_dir: where the run's files go; must not exist or be empty. Default: the first of
             runs/<recipe>-seed<seed>, -2, -3, ... that does not exist.
         seed: of everything random in the run. The task's splits have their own.
-        steps: optimiser updates.
+        steps: of sampling and updating.
         micro_batch_tokens: padded tokens of one forward pass; does not change the gradient.
         checkpoint_every: steps between checkpoints; 0 for the last step only.
         show_samples: completions in the table of samples, at every evaluation.
@@ -213,14 +177,66 @@ class Config:
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
+    peers: PeerConfig = field(default_factory=PeerConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        _require("seed", self.seed, 0 <= self.seed < 2**31, "0 to 2^31 - 1")
+        require("seed", self.seed, 0 <= self.seed < 2**31, "0 to 2^31 - 1")
         for name in ("steps", "checkpoint_every", "show_samples"):
-            _require(name, getattr(self, name), getattr(self, name) >= 0, ">= 0")
-        _require(
-            "micro_batch_tokens", self.micro_batch_tokens, self.micro_batch_tokens >= 1, ">= 1"
+            require(name, getattr(self, name), getattr(self, name) >= 0, ">= 0")
+        require("micro_batch_tokens", self.micro_batch_tokens, self.micro_batch_tokens >= 1, ">= 1")
+        self._require_applicable()
+
+    def _require_applicable(self) -> None:
+        """Raises where an option is set that the rest of the configuration does not read."""
+        objective, rollout, context = self.objective, self.rollout, self.context
+        rounds = rollout.sampling_rounds
+        filtered = objective.group_filter != "all"
+        require(
+            "rollout.sampling_rounds",
+            rounds,
+            rounds == 1 or filtered,
+            "1 without objective.group_filter",
         )
+        updates, questions = self.optimizer.updates_per_step, rollout.questions_per_step
+        require(
+            "optimizer.updates_per_step",
+            updates,
+            updates <= questions,
+            f"at most rollout.questions_per_step, {questions}",
+        )
+        overlong = objective.overlong_tokens
+        require(
+            "objective.overlong_tokens",
+            overlong,
+            overlong <= rollout.max_new_tokens,
+            f"at most rollout.max_new_tokens, {rollout.max_new_tokens}",
+        )
+        fallback = context.fallback
+        require(
+            "context.fallback",
+            fallback,
+            fallback != "policy_gradient" or objective.has_policy_gradient,
+            "a policy gradient in objective.token_loss beside it",
+        )
+        for name in ("fallback", "show_demonstration"):
+            value = getattr(context, name)
+            unset = objective.teacher != "none" or value == getattr(ContextConfig, name)
+            require(f"context.{name}", value, unset, "objective.teacher beside it")
+        source = self.peers.source
+        require(
+            "peers.source",
+            source,
+            source != "other_prompt" or objective.window == "none",
+            "group or buffer with objective.window: another question's path does not diverge",
+        )
+        if not context.show_peer or objective.teacher == "none":
+            for name in ("source", "choice", "count", "show_failed"):
+                value = getattr(self.peers, name)
+                plain = value == getattr(PeerConfig, name) or (
+                    # The window reads which peer a rollout leaves, and where.
+                    name in ("source", "choice") and objective.window != "none"
+                )
+                require(f"peers.{name}", value, plain, "a teacher and context.show_peer")

@@ -1,20 +1,19 @@
-"""Accuracy of a policy on a split of a task: avg@k and pass@k with intervals over questions."""
+"""Accuracy of a policy on a split of a task; `hsd eval`."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
+from hsd.completions import Completion, Completions, settings_key
 from hsd.config import Config
 from hsd.data.contexts import ContextBuilder
 from hsd.data.questions import Question
@@ -22,61 +21,13 @@ from hsd.data.tasks import load_task
 from hsd.data.verify import Judge, Outcome
 from hsd.data.verify.pool import VerifierPool
 from hsd.distributed.process import World
-from hsd.metrics import sample_table
-from hsd.recipe import config_from_dict, fail, parse_flags
-from hsd.rollout.protocol import RolloutEngine, Sampling, response_text, stream_seed
+from hsd.metrics import finite, sample_table
+from hsd.recipe import config_from_dict, fail, parse_flags, to_dict
+from hsd.rollout.protocol import Rollout, RolloutEngine, Sampling, response_text, stream_seed
+from hsd.scores import Evaluation, final_answer, majority_correct, repetition
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Outcomes of k samples on each question.
-
-    Attributes:
-        correct: (questions, k) bool.
-        samples: (prompt, answer, response, correct) of the first completion of some questions.
-        tokens: generated in all.
-        outcomes: how many samples the verifier found correct, wrong, or failed to judge.
-    """
-
-    correct: Tensor
-    outcomes: Mapping[Outcome, int]
-    samples: Sequence[tuple[str, str, str, bool]]
-    tokens: int
-
-    @property
-    def average(self) -> float:
-        """avg@k: the expected accuracy of one sample."""
-        return float(self.correct.double().mean())
-
-    @property
-    def average_interval(self) -> float:
-        """Half width of avg@k's 95 % interval, over questions."""
-        return half_width(self.correct.double().mean(1))
-
-    @property
-    def any_correct(self) -> float:
-        """pass@k: the share of questions with at least one correct sample."""
-        return float(self.correct.any(1).double().mean())
-
-    @property
-    def any_correct_interval(self) -> float:
-        """Half width of pass@k's 95 % interval, over questions."""
-        return half_width(self.correct.any(1).double())
-
-
-def half_width(per_question: Tensor) -> float:
-    """Half width of the normal 95 % interval of a mean over questions, (Q,) -> float."""
-    count = per_question.numel()
-    return 1.96 * float(per_question.std()) / math.sqrt(count) if count > 1 else math.inf
-
-
-def gain(before: Evaluation, after: Evaluation) -> tuple[float, float]:
-    """Change of avg@k and the half width of its 95 % interval, paired by question."""
-    difference = after.correct.double().mean(1) - before.correct.double().mean(1)
-    return float(difference.mean()), half_width(difference)
 
 
 def evaluate(
@@ -91,49 +42,106 @@ def evaluate(
     seed: int,
     world: World,
     shown: int = 0,
+    completions: Completions | None = None,
+    questions_per_round: int | None = None,
 ) -> Evaluation:
-    """Samples k responses to each question and verifies them; ranks share the questions."""
+    """Samples n responses to each question and verifies them; ranks share the questions.
+
+    Args:
+        completions: keeps them; questions that it holds already are not sampled again.
+        questions_per_round: questions that are sampled before they are kept; None for all.
+    """
     own = world.share(questions)
-    groups = engine.generate(
-        [prompts.student(question) for question in own],
-        seeds=[stream_seed("evaluation", seed, question.id) for question in own],
-        group_size=samples,
-        sampling=sampling,
+    done = Completions() if completions is None else completions
+    missing = [question for question in own if question.id not in done]
+    size = questions_per_round or max(1, len(missing))
+    for start in range(0, len(missing), size):
+        chosen = missing[start : start + size]
+        groups = engine.generate(
+            [prompts.student(question) for question in chosen],
+            seeds=[stream_seed("evaluation", seed, question.id) for question in chosen],
+            group_size=samples,
+            sampling=sampling,
+        )
+        texts = [[response_text(tokenizer, rollout) for rollout in group] for group in groups]
+        outcomes = iter(
+            judge([(q, text) for q, its in zip(chosen, texts, strict=True) for text in its])
+        )
+        for question, group, own_texts in zip(chosen, groups, texts, strict=True):
+            judged = [
+                _completion(text, next(outcomes), rollout)
+                for text, rollout in zip(own_texts, group, strict=True)
+            ]
+            done.add(question.id, judged, prompt=question.prompt, answer=question.answer)
+    return _evaluation(questions, own, done, samples=samples, world=world, shown=shown)
+
+
+def _completion(text: str, outcome: Outcome, rollout: Rollout) -> Completion:
+    return Completion(
+        text=text,
+        tokens=len(rollout.token_ids),
+        finish_reason=rollout.finish_reason,
+        outcome=outcome.value,
+        final_answer=final_answer(text),
+        repetition=repetition(rollout.token_ids),
     )
-    texts = [[response_text(tokenizer, rollout) for rollout in group] for group in groups]
-    outcomes = judge(
-        [(question, text) for question, group in zip(own, texts, strict=True) for text in group]
-    )
-    correct = torch.zeros((len(questions), samples))
-    for position, outcome in enumerate(outcomes):
-        row = world.rank + position // samples * world.size
-        correct[row, position % samples] = float(outcome is Outcome.CORRECT)
-    counts = world.sum_(torch.tensor([outcomes.count(outcome) for outcome in Outcome]))
-    tokens = torch.tensor(sum(len(r.token_ids) for group in groups for r in group))
-    return Evaluation(
-        correct=world.sum_(correct).bool(),
-        outcomes=dict(zip(Outcome, counts.tolist(), strict=True)),
-        samples=[
-            (question.prompt, question.answer, group[0], outcome is Outcome.CORRECT)
-            for question, group, outcome in zip(
-                own[:shown], texts, outcomes[::samples], strict=False
+
+
+def _evaluation(
+    questions: Sequence[Question],
+    own: Sequence[Question],
+    done: Completions,
+    *,
+    samples: int,
+    world: World,
+    shown: int,
+) -> Evaluation:
+    """The numbers of all ranks from the completions of each."""
+    table = torch.zeros((5, len(questions), samples), dtype=torch.float64)
+    majority = torch.zeros(len(questions))
+    for position, question in enumerate(own):
+        row, group = world.rank + position * world.size, done[question.id]
+        correct = [each.outcome == "correct" for each in group]
+        majority[row] = float(majority_correct([each.final_answer for each in group], correct))
+        columns = [
+            (
+                float(verdict),
+                float(each.tokens),
+                float(each.finish_reason == "length"),
+                float(each.outcome not in ("correct", "wrong")),
+                each.repetition,
             )
+            for each, verdict in zip(group, correct, strict=True)
+        ]
+        table[:, row] = torch.tensor(columns, dtype=torch.float64).T
+    correct_, lengths, truncated, errors, repeated = world.sum_(table)
+    first = [(question, done[question.id][0]) for question in own[:shown]]
+    return Evaluation(
+        correct=correct_.bool(),
+        majority=world.sum_(majority).bool(),
+        lengths=lengths,
+        truncated=truncated.bool(),
+        errors=errors.bool(),
+        repetition=repeated,
+        samples=[
+            (question.prompt, question.answer, each.text, each.outcome == "correct")
+            for question, each in first
         ],
-        tokens=int(world.sum_(tokens)),
     )
 
 
 def accuracy_table(rows: Sequence[tuple[str, Evaluation]], *, title: str) -> Table:
-    """avg@k and pass@k with their 95 % intervals, a line each."""
+    """avg@n, pass@n and majority with their 95 % intervals, a line each."""
     samples = rows[0][1].correct.shape[1]
     table = Table(title=title, title_justify="left")
-    for column in ("", f"avg@{samples}", f"pass@{samples}", "questions"):
+    for column in ("", f"avg@{samples}", f"pass@{samples}", f"majority@{samples}", "questions"):
         table.add_column(column, justify="left" if column == "" else "right")
     for name, result in rows:
         table.add_row(
             name,
             f"{result.average:.3f} ± {result.average_interval:.3f}",
-            f"{result.any_correct:.3f} ± {result.any_correct_interval:.3f}",
+            "{:.3f} ± {:.3f}".format(*result.pass_at(samples)),
+            "{:.3f} ± {:.3f}".format(*result.majority_accuracy),
             str(len(result.correct)),
         )
     return table
@@ -148,20 +156,25 @@ class EvalArguments:
         split: of the run's task.
         samples: k of avg@k and pass@k.
         temperature: of sampling; 0 is greedy, with one sample.
+        greedy: measure the most likely response too.
         seed: of sampling.
         limit: only the first questions of the split.
         model: evaluate this model instead of the checkpoint: a directory or hub name.
         show_samples: completions to show.
+        output: folder for all completions, a JSONL file per evaluation, which a later call with
+            the same settings continues; default: `evaluations` in the run.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
     split: Literal["train", "validation", "heldout"] = "heldout"
     samples: int = 8
     temperature: float = 1.0
+    greedy: bool = False
     seed: int = 0
     limit: int | None = None
     model: str | None = None
     show_samples: int = 4
+    output: Path | None = None
 
 
 def main(argv: list[str]) -> int:
@@ -184,7 +197,7 @@ def _recorded_config(path: Path) -> Config:
 
 
 def _evaluate_run(arguments: EvalArguments) -> None:
-    from hsd.policy.load import load_policy
+    from hsd.policy.load import load_policy, model_identity
     from hsd.policy.precision import compute_dtype
     from hsd.rollout.hf import HfEngine
 
@@ -201,16 +214,12 @@ def _evaluate_run(arguments: EvalArguments) -> None:
     checkpoint = arguments.run / "checkpoint"
     if arguments.model is None and not checkpoint.is_dir():
         raise FileNotFoundError(f"{checkpoint}: no checkpoint in this run, expected one")
-    model, tokenizer = load_policy(arguments.model or str(checkpoint))
+    name = arguments.model or str(checkpoint)
+    model, tokenizer = load_policy(name)
     task = load_task(config.task)
     questions = getattr(task, arguments.split)[: arguments.limit]
     if not questions:
         raise ValueError(f"split: found no question in {arguments.split}, expected some")
-    sampling = Sampling(
-        max_new_tokens=config.rollout.max_new_tokens,
-        temperature=arguments.temperature,
-        top_p=config.rollout.top_p,
-    )
     engine = HfEngine(
         model,
         tokenizer,
@@ -218,28 +227,76 @@ def _evaluate_run(arguments: EvalArguments) -> None:
         batch_rows=config.rollout.batch_rows,
     )
     console = Console()
+    settings = _settings(config, arguments) | {"model": model_identity(name)}
     if task.sandbox:
         console.print(task.sandbox)
+    passes = [(arguments.temperature, arguments.samples)]
+    if arguments.greedy and arguments.temperature > 0:
+        passes.append((0.0, 1))
     verifier = config.verifier
     with VerifierPool(task.verify, workers=verifier.workers, timeout=verifier.timeout) as pool:
-        result = evaluate(
-            engine,
-            tokenizer,
-            ContextBuilder(tokenizer, config.context),
-            questions,
-            pool.judge,
-            sampling=sampling,
-            samples=arguments.samples,
-            seed=arguments.seed,
-            world=World(rank=0, size=1),
-            shown=arguments.show_samples,
-        )
+        for temperature, samples in passes:
+            settings |= {"temperature": temperature, "samples": samples}
+            folder = arguments.output or arguments.run / "evaluations"
+            path = folder / f"{arguments.split}-{settings_key(settings)}.jsonl"
+            completions = Completions(path, settings)
+            try:
+                result = evaluate(
+                    engine,
+                    tokenizer,
+                    ContextBuilder(tokenizer, config.context),
+                    questions,
+                    pool.judge,
+                    sampling=Sampling(
+                        max_new_tokens=config.rollout.max_new_tokens,
+                        temperature=temperature,
+                        top_p=config.rollout.top_p,
+                    ),
+                    samples=samples,
+                    seed=arguments.seed,
+                    world=World(rank=0, size=1),
+                    shown=arguments.show_samples,
+                    completions=completions,
+                    questions_per_round=max(1, config.rollout.batch_rows // samples),
+                )
+            finally:
+                completions.close()
+            title = f"{arguments.split} questions, temperature {temperature:g}"
+            _report(console, name, result, title=title)
+            record = {key: finite(value) for key, value in result.record().items()}
+            summary = path.with_suffix(".json")
+            summary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            console.print(f"completions: {path}", soft_wrap=True)
     if pool.last_error:
         console.print(f"a verifier failed: {pool.last_error}", markup=False)
+
+
+def _settings(config: Config, arguments: EvalArguments) -> dict[str, Any]:
+    """All that the samples depend on but for the model and how many there are."""
+    values = to_dict(config)
+    return {
+        "task": values["task"],
+        "split": arguments.split,
+        "seed": arguments.seed,
+        "max_new_tokens": config.rollout.max_new_tokens,
+        "top_p": config.rollout.top_p,
+        "template": config.context.template,
+        "system": config.context.system,
+        "compute_dtype": config.model.compute_dtype,
+        "torch": torch.__version__,
+    }
+
+
+def _report(console: Console, name: str, result: Evaluation, *, title: str) -> None:
     if result.samples:
         console.print(sample_table(result.samples, title="samples"))
-    title = f"{arguments.split} questions, temperature {arguments.temperature:g}"
-    console.print(accuracy_table([(str(arguments.model or checkpoint), result)], title=title))
-    unjudged = {o.value: result.outcomes[o] for o in (Outcome.ERROR, Outcome.TIMEOUT)}
-    if any(unjudged.values()):
-        console.print(f"samples that count as wrong because the verifier failed: {unjudged}")
+    console.print(accuracy_table([(name, result)], title=title))
+    record = result.record()
+    passed = ", ".join(f"pass@{k} {value:.3f}" for k, value in record["pass_at"].items())
+    console.print(passed, highlight=False)
+    console.print(
+        f"length {record['length']:.1f} tokens, truncated {record['truncated_share']:.1%}, "
+        f"repeated 4-grams {record['repetition']:.1%}, "
+        f"not judged {record['error_share']:.1%}",
+        highlight=False,
+    )

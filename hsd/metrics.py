@@ -22,7 +22,7 @@ class JsonLines:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """One line. NaN and infinities, which JSON lacks, become null."""
-        clean = {key: _finite(value) for key, value in record.items()}
+        clean = {key: finite(value) for key, value in record.items()}
         self._file.write(json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
 
@@ -30,11 +30,12 @@ class JsonLines:
         self._file.close()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Null for what JSON lacks: NaN and infinities, in lists too."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     return value
 
 

@@ -143,8 +143,12 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value) if both else value
+        own = merged.get(key)
+        if isinstance(value, dict) and isinstance(own, dict):
+            # A table that names another source than its base is of another kind: nothing is kept.
+            same_kind = value.get("source", own.get("source")) == own.get("source")
+            value = _merged(own if same_kind else {}, value)
+        merged[key] = value
     return merged
 
 

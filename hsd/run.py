@@ -15,9 +15,10 @@ import torch
 
 from hsd.config import Config
 from hsd.metrics import JsonLines, read_json_lines, write_curves
-from hsd.objective.batch import Group, JudgedRollout
+from hsd.objective.batch import JudgedRollout
 from hsd.policy.load import save_policy
 from hsd.recipe import to_dict
+from hsd.rollout.groups import Group
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,6 +72,11 @@ class RunFolder:
                     "correct": group.rewards[index],
                     "peer": outcome.peer,
                     "divergence": outcome.divergence,
+                    "peers": [
+                        [peer.question_id, peer.step + 1, peer.index]
+                        for peer in outcome.peers.successes
+                    ],
+                    "advantage": outcome.advantage,
                 }
             )
 

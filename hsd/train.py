@@ -1,46 +1,48 @@
-"""Hindsight Self-Distillation, step by step (arXiv 2606.15576).
+"""Training, step by step; the parts of the objective are chosen by the configuration.
 
-    questions -> rollouts -> rewards -> peers -> contexts -> hidden states -> fused loss ->
-    optimiser -> weights back to the engine
+    questions -> rollouts -> rewards -> group filter -> peers -> contexts, advantages, weights ->
+    hidden states -> fused loss -> optimiser -> teachers -> weights back to the engine
 
 `hsd train RECIPE` and `torchrun --nproc-per-node N -m hsd.train RECIPE` run it.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from rich.console import Console
 
 from hsd.config import Config
 from hsd.data.contexts import ContextBuilder
-from hsd.data.questions import Question
+from hsd.data.peers import PeerPolicy
+from hsd.data.questions import Question, question_stream, require_solutions
 from hsd.data.tasks import Task, load_task
 from hsd.data.verify import Outcome
 from hsd.data.verify.pool import VerifierPool
 from hsd.distributed.process import World, join_world, leave_world
-from hsd.evaluate import Evaluation, accuracy_table, evaluate, gain
+from hsd.evaluate import accuracy_table, evaluate
 from hsd.metrics import StepProgress, sample_table
-from hsd.objective.batch import Group, JudgedRollout, judge
+from hsd.objective.batch import JudgedRollout, judge
 from hsd.objective.measures import step_metrics
-from hsd.objective.step import Policy, accumulate_gradients
+from hsd.objective.step import SUMS, accumulate_gradients
 from hsd.policy.head import output_head
 from hsd.policy.load import load_policy
 from hsd.policy.optimizer import adamw, clipped_step, learning_rate
 from hsd.policy.precision import compute_dtype
+from hsd.policy.teachers import Policy, after_update, make_policy
 from hsd.recipe import fail, parse_arguments, to_dict
+from hsd.rollout.groups import Group, GroupSampler, choose_peers, step_totals
 from hsd.rollout.hf import HfEngine
-from hsd.rollout.protocol import RolloutEngine, Sampling, response_text, stream_seed
+from hsd.rollout.protocol import RolloutEngine, Sampling
 from hsd.run import RunFolder
+from hsd.scores import Evaluation, gain
 from hsd.warmup import warm_up
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ class Trainer:
     policy: Policy
     tokenizer: PreTrainedTokenizerBase
     contexts: ContextBuilder
+    peers: PeerPolicy
     engine: RolloutEngine
     verifiers: VerifierPool
     optimizer: torch.optim.Optimizer
@@ -80,6 +83,8 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
         )
     if task.sandbox:
         console.print(task.sandbox)
+    if config.context.show_demonstration:
+        require_solutions(task.train, option="context.show_demonstration")
     model, tokenizer = world.main_first(lambda: load_policy(config.model.name))
     contexts = ContextBuilder(tokenizer, config.context)
     dtype = compute_dtype(config.model.compute_dtype)
@@ -90,23 +95,13 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
                 config, model, tokenizer, head, task.train, compute_dtype=dtype, console=console
             )
         )
-    initial = copy.deepcopy(model).requires_grad_(False)
-    initial_head = output_head(initial)
-    live = config.objective.teacher == "live"
     return Trainer(
         config=config,
         task=task,
-        policy=Policy(
-            model=model,
-            head=head,
-            teacher=model if live else initial,
-            teacher_head=head if live else initial_head,
-            initial=initial,
-            initial_head=initial_head,
-            compute_dtype=dtype,
-        ),
+        policy=make_policy(model, config.objective, compute_dtype=dtype),
         tokenizer=tokenizer,
         contexts=contexts,
+        peers=PeerPolicy(config.peers, seed=config.seed),
         engine=HfEngine(
             model, tokenizer, compute_dtype=dtype, batch_rows=config.rollout.batch_rows
         ),
@@ -120,83 +115,97 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
     )
 
 
-def train_step(
-    trainer: Trainer, questions: Sequence[Question], step: int
-) -> tuple[dict[str, float], list[tuple[Group, list[JudgedRollout]]]]:
-    """One update on this rank's questions; metrics are of all ranks."""
-    config, world = trainer.config, trainer.world
-    started = time.perf_counter()
-    rollouts = trainer.engine.generate(
-        [trainer.contexts.student(question) for question in questions],
-        seeds=[stream_seed("rollout", config.seed, step, q.id) for q in questions],
-        group_size=config.rollout.group_size,
-        sampling=trainer.sampling,
-    )
-    texts = [[response_text(trainer.tokenizer, each) for each in group] for group in rollouts]
-    outcomes = trainer.verifiers.judge(
-        [(q, text) for q, group in zip(questions, texts, strict=True) for text in group]
-    )
-    rewards = iter([outcome is Outcome.CORRECT for outcome in outcomes])
-    groups = [
-        Group(question=q, rollouts=group, texts=own, rewards=[next(rewards) for _ in own])
-        for q, group, own in zip(questions, rollouts, texts, strict=True)
-    ]
-    sampled = time.perf_counter()
+Judged: TypeAlias = tuple[Group, list[JudgedRollout]]
 
-    judged = [
-        judge(
-            group,
-            trainer.tokenizer,
-            trainer.contexts,
-            config.objective,
-            seed=config.seed,
-            step=step,
-            questions=config.rollout.questions_per_step,
-        )
-        for group in groups
-    ]
+
+def update(
+    trainer: Trainer, judged: Sequence[Judged], step: int
+) -> tuple[torch.Tensor, float, float]:
+    """One optimiser update; what `accumulate_gradients` returns, and the gradient's norm.
+
+    Without a row with weight on any rank there is none: momentum alone would move the weights.
+    """
+    config, model = trainer.config, trainer.policy.model
+    rows = [outcome.row for _, outcomes in judged for outcome in outcomes if outcome.row]
+    weighted = torch.tensor(sum(any(row.weights) for row in rows))
+    if not trainer.world.sum_(weighted):
+        return torch.zeros(len(SUMS), dtype=torch.float64), 0.0, 0.0
     sums, largest_gap = accumulate_gradients(
         trainer.policy,
-        [outcome.row for outcomes in judged for outcome in outcomes if outcome.row],
+        rows,
         config.objective,
         micro_batch_tokens=config.micro_batch_tokens,
         temperature=config.rollout.temperature,
+        step=step,
     )
-    world.sum_gradients(trainer.policy.model.parameters())
-    rate = learning_rate(config.optimizer, step=step, steps=config.steps)
+    trainer.world.sum_gradients(model.parameters())
     norm = clipped_step(
         trainer.optimizer,
-        trainer.policy.model.parameters(),
-        learning_rate=rate,
+        model.parameters(),
+        learning_rate=learning_rate(config.optimizer, step=step, steps=config.steps),
         max_grad_norm=config.optimizer.max_grad_norm,
     )
+    return sums, largest_gap, norm
+
+
+def train_step(
+    trainer: Trainer, stream: Iterator[Question], step: int
+) -> tuple[dict[str, float], list[Judged]]:
+    """One step on questions from the stream.
+
+    Returns:
+        metrics and judged groups, of all ranks.
+    """
+    config, world = trainer.config, trainer.world
+    started = time.perf_counter()
+    sampler = GroupSampler(
+        config=config,
+        engine=trainer.engine,
+        tokenizer=trainer.tokenizer,
+        contexts=trainer.contexts,
+        judge=trainer.verifiers.judge,
+        sampling=trainer.sampling,
+        world=world,
+    )
+    groups = sampler.sample(stream, step)
+    kept = [group for group in groups if group.place >= 0]
+    sampled = time.perf_counter()
+
+    peers = choose_peers(trainer.peers, kept, world)
+    judged: list[Judged] = []
+    sums, largest_gap, norm = torch.zeros(len(SUMS), dtype=torch.float64), 0.0, 0.0
+    updates = config.optimizer.updates_per_step
+    for part in range(updates):
+        chosen = [pair for pair in zip(kept, peers, strict=True) if pair[0].place % updates == part]
+        totals = step_totals([group for group, _ in chosen], config, world)
+        outcomes = [
+            (group, judge(group, shown, trainer.contexts, config, totals))
+            for group, shown in chosen
+        ]
+        judged += outcomes
+        part_sums, gap, part_norm = update(trainer, outcomes, step)
+        after_update(trainer.policy, config.objective, updates=step * updates + part + 1)
+        sums, largest_gap, norm = sums + part_sums, max(largest_gap, gap), max(norm, part_norm)
     trainer.engine.update_weights(trainer.policy.model, version=step + 1)
     ended = time.perf_counter()
 
-    metrics = step_metrics(world, config, groups, judged, sums, largest_gap)
-    counts = world.sum_(torch.tensor([outcomes.count(outcome) for outcome in Outcome]))
+    metrics = step_metrics(world, config, groups, judged, sums, largest_gap, step=step)
+    found = [outcome for group in groups for outcome in group.outcomes]
+    counts = world.sum_(torch.tensor([found.count(outcome) for outcome in Outcome])).tolist()
     metrics |= {
         f"verifier_{outcome.value}": float(count)
-        for outcome, count in zip(Outcome, counts.tolist(), strict=True)
+        for outcome, count in zip(Outcome, counts, strict=True)
     }
     metrics |= {
         "grad_norm": norm,
-        "learning_rate": rate,
+        "learning_rate": learning_rate(config.optimizer, step=step, steps=config.steps),
         "rollout_seconds": sampled - started,
         "update_seconds": ended - sampled,
         "tokens_per_second": metrics["generated_tokens"] / (ended - started),
     }
-    return metrics, list(zip(groups, judged, strict=True))
-
-
-def question_stream(questions: Sequence[Question], seed: int) -> Iterator[Question]:
-    """Questions in a shuffled order, epoch after epoch."""
-    epoch = 0
-    while True:
-        order = list(questions)
-        random.Random(f"questions/{seed}/{epoch}").shuffle(order)
-        yield from order
-        epoch += 1
+    judged = sorted(world.gather(judged), key=lambda pair: pair[0].place)
+    trainer.peers.remember(attempt for group, _ in judged for attempt in group.attempts)
+    return metrics, judged
 
 
 def _measure(trainer: Trainer, step: int, run: RunFolder | None) -> Evaluation:
@@ -221,14 +230,7 @@ def _measure(trainer: Trainer, step: int, run: RunFolder | None) -> Evaluation:
             step,
             {
                 "split": config.evaluation.split,
-                "samples": config.evaluation.samples,
-                "questions": len(result.correct),
-                "avg": result.average,
-                "avg_interval": result.average_interval,
-                "pass": result.any_correct,
-                "pass_interval": result.any_correct_interval,
-                "outcomes": {outcome.value: n for outcome, n in result.outcomes.items()},
-                "correct_per_question": result.correct.sum(1).tolist(),
+                **result.record(),
                 "seconds": time.perf_counter() - started,
             },
         )
@@ -259,18 +261,16 @@ def train(config: Config, world: World, console: Console) -> None:
 
 
 def _steps(trainer: Trainer, run: RunFolder | None, console: Console) -> None:
-    config, world = trainer.config, trainer.world
+    config = trainer.config
     stream = question_stream(trainer.task.train, config.seed)
     done = 0
     try:
-        console.print("evaluating before HSD ...")
+        console.print("evaluating before training ...")
         evaluations = [("before", _measure(trainer, 0, run))]
-        console.print(sample_table(evaluations[0][1].samples, title="samples before HSD"))
-        with StepProgress(console, steps=config.steps, label="HSD") as progress:
+        console.print(sample_table(evaluations[0][1].samples, title="samples before training"))
+        with StepProgress(console, steps=config.steps, label="training") as progress:
             for step in range(config.steps):
-                questions = [next(stream) for _ in range(config.rollout.questions_per_step)]
-                metrics, judged = train_step(trainer, world.share(questions), step)
-                judged = world.gather(judged)
+                metrics, judged = train_step(trainer, stream, step)
                 done = step + 1
                 progress.advance(metrics, step=done)
                 if run:
@@ -286,9 +286,9 @@ def _steps(trainer: Trainer, run: RunFolder | None, console: Console) -> None:
         # An interrupt, too, leaves the weights as they are now.
         if run:
             run.checkpoint(trainer.policy.model, trainer.tokenizer)
-    console.print("evaluating after HSD ...")
+    console.print("evaluating after training ...")
     evaluations.append(("after", _measure(trainer, done, run)))
-    console.print(sample_table(evaluations[-1][1].samples, title="samples after HSD"))
+    console.print(sample_table(evaluations[-1][1].samples, title="samples after training"))
     _report(config, evaluations, console)
 
 
@@ -297,7 +297,7 @@ def _report(config: Config, evaluations: list[tuple[str, Evaluation]], console: 
     console.print(accuracy_table(evaluations, title=title))
     change, interval = gain(evaluations[0][1], evaluations[-1][1])
     console.print(
-        f"change of avg@{config.evaluation.samples} over HSD: {change:+.3f} ± {interval:.3f}"
+        f"change of avg@{config.evaluation.samples} over training: {change:+.3f} ± {interval:.3f}"
     )
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import random
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +19,11 @@ from transformers import AutoModelForCausalLM
 from hsd import __version__
 from hsd.config import Config, OptimizerConfig
 from hsd.data.contexts import ContextBuilder, ContextConfig
-from hsd.data.questions import Question
+from hsd.data.questions import Question, require_solutions
 from hsd.data.templates import load_template
 from hsd.metrics import StepProgress
 from hsd.policy.head import OutputHead, response_hidden
-from hsd.policy.load import cache_directory, save_policy
+from hsd.policy.load import cache_directory, model_identity, save_policy
 from hsd.policy.optimizer import adamw, clipped_step, learning_rate
 
 if TYPE_CHECKING:
@@ -53,11 +52,7 @@ def warm_up(
     Raises:
         ValueError: a question has no worked solution.
     """
-    missing = next((question.id for question in questions if question.solution is None), None)
-    if missing is not None:
-        raise ValueError(
-            f"warmup.steps: question {missing!r} has no solution, expected one in each"
-        )
+    require_solutions(questions, option="warmup.steps")
     path = cache_directory() / "warmup" / _key(config, questions, compute_dtype)
     if path.exists():
         console.print(f"warm-up: cached weights of {config.warmup.steps} steps")
@@ -115,7 +110,7 @@ def _supervised_loss(
         solution = question.solution or ""
         hint = None
         if hinted < round(position * hint_share):
-            hint = contexts.teacher(question, peer_text=solution if hinted % 2 else None)
+            hint = contexts.teacher(question, peers=[solution] if hinted % 2 else [])
             hinted += 1
         prompts.append(hint.token_ids if hint else contexts.student(question))
         encoded: list[int] = tokenizer(solution, add_special_tokens=False)["input_ids"]
@@ -133,10 +128,10 @@ def _key(config: Config, questions: Sequence[Question], compute_dtype: torch.dty
     parts = {
         "version": __version__,
         "torch": torch.__version__,
-        "model": _identity(config.model.name),
+        "model": model_identity(config.model.name),
         "compute_dtype": str(compute_dtype),
         "warmup": dataclasses.asdict(config.warmup),
-        "template": dataclasses.asdict(load_template(config.context.template)),
+        "template": _hint_template(config.context.template),
         "system": config.context.system,
         "max_grad_norm": config.optimizer.max_grad_norm,
         "seed": config.seed,
@@ -145,7 +140,7 @@ def _key(config: Config, questions: Sequence[Question], compute_dtype: torch.dty
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _identity(name: str) -> list[object]:
-    """A model's name, and for a directory what changes when its files do."""
-    files = sorted(Path(name).glob("*")) if Path(name).is_dir() else []
-    return [name, *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
+def _hint_template(name: str) -> dict[str, Any]:
+    """A template but for the blocks that no hint shows."""
+    texts = dataclasses.asdict(load_template(name))
+    return {key: text for key, text in texts.items() if key not in ("failed", "demonstration")}

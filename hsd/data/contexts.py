@@ -10,10 +10,11 @@ special token can arise from their text.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from hsd.data.questions import Question
+from hsd.data.questions import Question, require_solutions
 from hsd.data.templates import load_template
 from hsd.data.untrusted import drop_strings
 
@@ -25,30 +26,37 @@ if TYPE_CHECKING:
 class ContextConfig:
     """What the teacher sees beside the question.
 
-    With neither answer nor peer the teacher's prompt is the student's: the control.
+    With neither answer, demonstration nor peer the teacher's prompt is the student's: the control.
 
     Args:
         template: name of a template in templates.toml.
         system: the system message of both sides; None leaves it to the chat template.
         show_answer: show the correct final answer.
-        show_peer: show a successful peer.
+        show_demonstration: show the question's worked solution, its column `solution`.
+        show_peer: show successful peers; which, the section peers says.
         fallback: what a rollout without a successful peer gets where peers are shown: the answer
-            alone (also if show_answer is false), or no teacher at all.
-        peer_token_budget: most tokens of peer text; only the peer is ever cut.
+            alone (also if show_answer is false), no teacher at all, or the policy gradient in
+            the teacher's place, which rollouts with a peer then do without.
+        peer_token_budget: most tokens of each peer's text; only peers are ever cut.
         peer_keep: which part of a peer that is too long stays.
     """
 
     template: str = "default"
     system: str | None = None
     show_answer: bool = True
+    show_demonstration: bool = False
     show_peer: bool = True
-    fallback: Literal["answer", "skip"] = "answer"
+    fallback: Literal["answer", "skip", "policy_gradient"] = "answer"
     peer_token_budget: int = 1024
     peer_keep: Literal["head", "tail", "middle"] = "tail"
 
     def __post_init__(self) -> None:
-        if self.fallback not in ("answer", "skip"):
-            raise ValueError(f"context.fallback: found {self.fallback!r}, expected answer or skip")
+        if self.fallback not in ("answer", "skip", "policy_gradient"):
+            found = f"{self.fallback!r}, expected answer, skip or policy_gradient"
+            raise ValueError(f"context.fallback: found {found}")
+        if self.fallback != "answer" and not self.show_peer:
+            found = f"{self.fallback!r}, expected context.show_peer beside it"
+            raise ValueError(f"context.fallback: found {found}")
         if self.peer_keep not in ("head", "tail", "middle"):
             found = repr(self.peer_keep)
             raise ValueError(f"context.peer_keep: found {found}, expected head, tail or middle")
@@ -65,8 +73,8 @@ class Context:
 
     Args:
         token_ids: the prompt, up to where the response begins.
-        peer_truncated_tokens: tokens of the peer that the budget cut away.
-        special_tokens_removed: special tokens dropped from question, answer and peer.
+        peer_truncated_tokens: tokens of peers that the budget cut away.
+        special_tokens_removed: special tokens dropped from the question and from all that is shown.
     """
 
     token_ids: list[int]
@@ -112,22 +120,26 @@ class ContextBuilder:
         token_ids, _ = self._prompt(turn)
         return token_ids
 
-    def teacher(self, question: Question, *, peer_text: str | None) -> Context | None:
+    def teacher(
+        self, question: Question, *, peers: Sequence[str], failed: str | None = None
+    ) -> Context | None:
         """The prompt with its privileged context.
 
         Args:
             question: the question.
-            peer_text: the successful peer's response, None if there is none; not looked at unless
-                peers are shown.
+            peers: the successful peers' responses; not looked at unless peers are shown.
+            failed: the response of a failed rollout, to be shown beside them.
 
         Returns:
-            None if this rollout gets no teacher (fallback "skip", or no answer to fall back to).
-            An empty answer, as of code, is not shown.
+            None if this rollout gets no teacher (fallback "skip" or "policy_gradient", or no answer
+            to fall back to). An empty answer, as of code, is not shown.
+
+        Raises:
+            ValueError: the question has no demonstration, and one is to be shown.
         """
         config, template = self._config, self._template
-        peer = peer_text if config.show_peer else None
-        falls_back = config.show_peer and peer is None
-        if falls_back and (config.fallback == "skip" or not question.answer):
+        falls_back = config.show_peer and not peers
+        if falls_back and (config.fallback != "answer" or not question.answer):
             return None
         turn, removed = drop_strings(question.prompt, self._special_texts)
         blocks, truncated = "", 0
@@ -135,11 +147,21 @@ class ContextBuilder:
             answer, dropped = drop_strings(question.answer, self._special_texts)
             blocks += template.answer[0] + answer + template.answer[1]
             removed += dropped
-        if peer is not None:
-            peer, dropped = self._clean_peer(peer)
-            peer, truncated = self._truncate(peer)
-            blocks += template.peer[0] + peer + template.peer[1]
+        if config.show_demonstration:
+            require_solutions([question], option="context.show_demonstration")
+            solution, dropped = self._clean_peer(question.solution or "")
+            blocks += template.demonstration[0] + solution + template.demonstration[1]
             removed += dropped
+        if config.show_peer:
+            shown = [(template.peer, text) for text in peers]
+            if failed is not None:
+                shown.append((template.failed, failed))
+            for block, text in shown:
+                cleaned, dropped = self._clean_peer(text)
+                kept, cut = self._truncate(cleaned)
+                blocks += block[0] + kept + block[1]
+                removed += dropped
+                truncated += cut
         if blocks:
             turn = turn.strip() + blocks + template.closing
         token_ids, dropped = self._prompt(turn)

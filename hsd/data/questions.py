@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,27 @@ def load_jsonl(path: Path) -> list[Question]:
     if not questions:
         raise ValueError(f"{path}: found no question, expected at least one line")
     return questions
+
+
+def require_solutions(questions: Sequence[Question], *, option: str) -> None:
+    """Checks that every question has a worked solution, which `option` is to show.
+
+    Raises:
+        ValueError: one has none; names the option and the question.
+    """
+    missing = next((question.id for question in questions if question.solution is None), None)
+    if missing is not None:
+        raise ValueError(f"{option}: question {missing!r} has no solution, expected one in each")
+
+
+def question_stream(questions: Sequence[Question], seed: int) -> Iterator[Question]:
+    """Questions in a shuffled order, epoch after epoch."""
+    epoch = 0
+    while True:
+        order = list(questions)
+        random.Random(f"questions/{seed}/{epoch}").shuffle(order)
+        yield from order
+        epoch += 1
 
 
 def _parse(line: bytes, where: str) -> dict[str, object]:

@@ -25,7 +25,9 @@ class Template:
 
     Args:
         answer: around the correct final answer.
-        peer: around the peer's text.
+        peer: around a successful peer's text.
+        failed: around the text of a failed rollout.
+        demonstration: around a worked solution.
         closing: the end of a user turn that shows at least one block.
         peer_open: delimiter in front of the peer's text.
         peer_close: delimiter behind the peer's text.
@@ -35,6 +37,8 @@ class Template:
 
     answer: tuple[str, str]
     peer: tuple[str, str]
+    failed: tuple[str, str]
+    demonstration: tuple[str, str]
     closing: str
     peer_open: str
     peer_close: str
@@ -42,7 +46,14 @@ class Template:
     plain: tuple[str, str]
 
 
-_PLACEHOLDERS = {"answer": "{answer}", "peer": "{peer}", "plain": "{turn}"}
+_PLACEHOLDERS = {
+    "answer": "{answer}",
+    "peer": "{peer}",
+    "failed": "{peer}",
+    "demonstration": "{demonstration}",
+    "plain": "{turn}",
+}
+_DELIMITED = ("peer", "failed", "demonstration")
 _KEYS = tuple(field.name for field in fields(Template))
 
 
@@ -69,12 +80,17 @@ def load_template(name: str, path: Path = TEMPLATE_FILE) -> Template:
         for key, placeholder in _PLACEHOLDERS.items()
     }
     for key, side in (("peer_open", 0), ("peer_close", 1)):
-        if texts[key] not in pairs["peer"][side]:
-            where = f"{path.name}: {name}.{key}"
-            raise ValueError(f"{where}: found {texts[key]!r}, expected a text of {name}.peer")
+        for block in _DELIMITED:
+            if texts[key] not in pairs[block][side]:
+                where = f"{path.name}: {name}.{key}"
+                raise ValueError(
+                    f"{where}: found {texts[key]!r}, expected a text of {name}.{block}"
+                )
     return Template(
         answer=pairs["answer"],
         peer=pairs["peer"],
+        failed=pairs["failed"],
+        demonstration=pairs["demonstration"],
         closing=texts["closing"],
         peer_open=texts["peer_open"],
         peer_close=texts["peer_close"],

@@ -1,31 +1,18 @@
-"""From groups of rollouts to the rows of the loss: rewards, peers, contexts, weights."""
+"""From groups of rollouts to the rows of the loss: peers, contexts, advantages, weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from hsd.config import ObjectiveConfig
-from hsd.data.contexts import ContextBuilder
-from hsd.data.peers import divergence_position, uniform_peers
-from hsd.data.questions import Question
-from hsd.objective.weights import sequence_weights, window_mask
+from hsd.config import Config
+from hsd.data.contexts import Context, ContextBuilder
+from hsd.data.peers import Peers, divergence_position
+from hsd.objective.advantage import ADVANTAGES, shaped_rewards
+from hsd.objective.normalisation import NORMALISATIONS, StepTotals
+from hsd.objective.weights import window_mask
 from hsd.policy.packing import TrainingRow
-from hsd.rollout.protocol import Rollout
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """A question with its rollouts, decoded and judged."""
-
-    question: Question
-    rollouts: Sequence[Rollout]
-    texts: Sequence[str]
-    rewards: Sequence[bool]
+from hsd.rollout.groups import Group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +20,17 @@ class JudgedRollout:
     """What became of one rollout on its way into the loss.
 
     Attributes:
-        peer: index of its peer in the group.
-        divergence: tau, where it leaves its peer.
+        peers: whose attempts its teacher is shown.
+        peer: index of its first peer, if that is of its own group.
+        divergence: tau, where it leaves its first peer; None if that answers another question.
+        advantage: of its policy gradient; 0 without one.
         row: None where the objective leaves it out.
     """
 
+    peers: Peers
     peer: int | None
     divergence: int | None
+    advantage: float
     peer_truncated_tokens: int
     special_tokens_removed: int
     row: TrainingRow | None
@@ -47,54 +38,101 @@ class JudgedRollout:
 
 def judge(
     group: Group,
-    tokenizer: PreTrainedTokenizerBase,
+    peers: Sequence[Peers],
     contexts: ContextBuilder,
-    objective: ObjectiveConfig,
-    *,
-    seed: int,
-    step: int,
-    questions: int,
+    config: Config,
+    totals: StepTotals,
 ) -> list[JudgedRollout]:
-    """Gives each rollout of a group its peer, its teacher's prompt and its token weights.
+    """Gives each rollout of a group its teacher's prompt, its advantage and its token weights.
 
     Args:
-        questions: of the whole step, over all ranks, for the mean.
+        peers: of each rollout.
+        totals: of the whole update, over all processes, for the mean.
     """
+    objective = config.objective
     prompt = tuple(contexts.student(group.question))
-    peers = uniform_peers(group.rewards, seed=seed, step=step, question_id=group.question.id)
+    advantages = _advantages(group, config)
+    shares = NORMALISATIONS[objective.normalisation](group.own_tokens, totals)
     judged = []
-    for rollout, correct, peer in zip(group.rollouts, group.rewards, peers, strict=True):
-        context = contexts.teacher(
-            group.question, peer_text=None if peer is None else group.texts[peer]
-        )
+    for index, rollout in enumerate(group.rollouts):
+        chosen, correct = peers[index], group.rewards[index]
+        first = chosen.successes[0] if chosen.successes else None
+        same_question = first is not None and first.question_id == group.question.id
         divergence = None
-        if peer is not None:
-            divergence = divergence_position(rollout.token_ids, group.rollouts[peer].token_ids)
-        kept = window_mask(
+        if first is not None and same_question:
+            divergence = divergence_position(rollout.token_ids, first.token_ids)
+        context = _context(group, chosen, contexts, config)
+        distilled = window_mask(
             len(rollout.token_ids),
             correct=correct,
             divergence=divergence,
             window=objective.window,
         )
-        weights = sequence_weights(
-            rollout.loss_mask, kept, group_size=len(group.rollouts), questions=questions
+        if context is None or (objective.mask == "failures" and correct):
+            distilled = [False] * len(rollout.token_ids)
+        advantage = advantages[index]
+        if config.context.fallback == "policy_gradient" and first is not None:
+            advantage = 0.0
+        row = TrainingRow(
+            student_prompt=prompt,
+            teacher_prompt=prompt if context is None else tuple(context.token_ids),
+            response=rollout.token_ids,
+            weights=_weights(rollout.loss_mask, distilled, shares[index], config),
+            logprobs=rollout.logprobs,
+            advantage=advantage,
+            distilled=tuple(distilled) if objective.has_policy_gradient else None,
         )
-        left_out = context is None or (objective.mask == "failures" and correct)
         judged.append(
             JudgedRollout(
-                peer=peer,
+                peers=chosen,
+                peer=first.index if first and same_question and first.step == group.step else None,
                 divergence=divergence,
+                advantage=advantage,
                 peer_truncated_tokens=context.peer_truncated_tokens if context else 0,
                 special_tokens_removed=context.special_tokens_removed if context else 0,
-                row=None
-                if left_out or context is None
-                else TrainingRow(
-                    student_prompt=prompt,
-                    teacher_prompt=tuple(context.token_ids),
-                    response=rollout.token_ids,
-                    weights=weights,
-                    logprobs=rollout.logprobs,
-                ),
+                row=row if _has_loss(row, distilled, config) else None,
             )
         )
     return judged
+
+
+def _advantages(group: Group, config: Config) -> list[float]:
+    objective = config.objective
+    rewards = shaped_rewards(
+        group.rewards,
+        [len(rollout.token_ids) for rollout in group.rollouts],
+        overlong_tokens=objective.overlong_tokens,
+        overlong_penalty=objective.overlong_penalty,
+        max_new_tokens=config.rollout.max_new_tokens,
+    )
+    return ADVANTAGES[objective.advantage](rewards)
+
+
+def _context(
+    group: Group, peers: Peers, contexts: ContextBuilder, config: Config
+) -> Context | None:
+    if config.objective.teacher == "none":
+        return None
+    return contexts.teacher(
+        group.question,
+        peers=[peer.text for peer in peers.successes],
+        failed=None if peers.failed is None else peers.failed.text,
+    )
+
+
+def _weights(
+    loss_mask: Sequence[bool], distilled: Sequence[bool], share: float, config: Config
+) -> tuple[float, ...]:
+    """A token that is not distilled is out altogether, unless a policy gradient reads it."""
+    kept = [config.objective.has_policy_gradient or taught for taught in distilled]
+    return tuple(
+        share if chosen and keep else 0.0 for chosen, keep in zip(loss_mask, kept, strict=True)
+    )
+
+
+def _has_loss(row: TrainingRow, distilled: Sequence[bool], config: Config) -> bool:
+    objective = config.objective
+    if row.advantage != 0 or any(distilled):
+        return True
+    referred = objective.has_policy_gradient and objective.ref_coef != 0
+    return referred and len(row.response) > 0

@@ -8,29 +8,44 @@ import torch
 
 from hsd.config import Config
 from hsd.distributed.process import World
-from hsd.objective.batch import Group, JudgedRollout
+from hsd.objective.batch import JudgedRollout
+from hsd.objective.schedule import value_at
 from hsd.objective.step import SUMS
+from hsd.rollout.groups import Group
 
 
 def step_metrics(
     world: World,
     config: Config,
     groups: Sequence[Group],
-    judged: Sequence[Sequence[JudgedRollout]],
+    judged: Sequence[tuple[Group, Sequence[JudgedRollout]]],
     sums: torch.Tensor,
     largest_gap: float,
+    *,
+    step: int,
 ) -> dict[str, float]:
-    """The step's numbers over all ranks."""
-    outcomes = [outcome for each in judged for outcome in each]
+    """The step's numbers over all ranks.
+
+    Args:
+        groups: all that were sampled; rewards and lengths are of these.
+        judged: those that the step kept; all else is of these.
+        sums: of `accumulate_gradients`, over the updates of the step.
+    """
+    outcomes = [outcome for _, each in judged for outcome in each]
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    rewards = [reward for group in groups for reward in group.rewards]
-    failed = [o for o, reward in zip(outcomes, rewards, strict=True) if not reward]
+    failed = [
+        outcome
+        for group, each in judged
+        for outcome, reward in zip(each, group.rewards, strict=True)
+        if not reward
+    ]
     counts = torch.tensor(
         [
             len(rollouts),
-            sum(rewards),
-            sum(outcome.peer is not None for outcome in outcomes),
-            sum(outcome.peer is not None for outcome in failed),
+            sum(reward for group in groups for reward in group.rewards),
+            len(outcomes),
+            sum(bool(outcome.peers.successes) for outcome in outcomes),
+            sum(bool(outcome.peers.successes) for outcome in failed),
             sum(len(rollout.token_ids) for rollout in rollouts),
             sum(rollout.finish_reason == "length" for rollout in rollouts),
             sum(outcome.peer_truncated_tokens > 0 for outcome in outcomes),
@@ -43,19 +58,18 @@ def step_metrics(
     gaps[world.rank] = largest_gap
     world.sum_(gaps)
     total = dict(zip(SUMS, world.sum_(sums).tolist(), strict=True))
-    count, correct, with_peer, covered, tokens, cut, truncated, removed = counts.tolist()
+    count, correct, kept, with_peer, covered, tokens, cut, truncated, removed = counts.tolist()
     weight, trained = max(total["weight"], 1e-30), max(total["tokens"], 1.0)
     return {
         "reward": correct / count,
         "loss": total["loss"],
-        "kl": total["kl"] / weight,
+        **_teacher_metrics(config, total, step),
         "ref_kl": total["ref_kl"] / weight,
-        "ref_share": config.objective.ref_coef * total["ref_kl"] / max(total["kl"], 1e-30),
         "entropy": total["entropy"] / weight,
         "weight": total["weight"],
-        "top1_agree": total["teacher_agrees"] / trained,
-        "peer_share": with_peer / count,
-        "failed_with_peer_share": covered / count,
+        "kept_share": kept / count,
+        "peer_share": with_peer / max(kept, 1),
+        "failed_with_peer_share": covered / max(kept, 1),
         "response_length": tokens / count,
         "cut_share": cut / count,
         "peers_truncated": truncated,
@@ -64,4 +78,24 @@ def step_metrics(
         "trained_tokens": total["tokens"],
         "engine_gap_mean": total["gap"] / trained,
         "engine_gap_max": float(gaps.max()),
+        **_gradient_metrics(config, total),
+    }
+
+
+def _gradient_metrics(config: Config, total: dict[str, float]) -> dict[str, float]:
+    if not config.objective.has_policy_gradient:
+        return {}
+    return {"clip_share": total["clipped"] / max(total["tokens"], 1.0)}
+
+
+def _teacher_metrics(config: Config, total: dict[str, float], step: int) -> dict[str, float]:
+    """What there is to say of a teacher, if there is one."""
+    objective = config.objective
+    if objective.teacher == "none":
+        return {}
+    pull = value_at(objective.kl_coef, step) * total["kl"]
+    return {
+        "kl": total["kl"] / max(total["distilled_weight"], 1e-30),
+        "ref_share": value_at(objective.ref_coef, step) * total["ref_kl"] / max(pull, 1e-30),
+        "top1_agree": total["teacher_agrees"] / max(total["distilled_tokens"], 1.0),
     }

@@ -1,37 +1,42 @@
-"""The gradient of one step: hidden states of both sides through the fused loss, and what it saw."""
+"""The gradient of one update: hidden states through the fused loss, and what it saw."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from hsd.config import ObjectiveConfig
-from hsd.policy.head import OutputHead, response_hidden
+from hsd.objective.config import ObjectiveConfig
+from hsd.objective.schedule import value_at
+from hsd.objective.token_loss import (
+    NEEDS_STATISTICS,
+    TOKEN_LOSSES,
+    PolicyGradient,
+    TokenBatch,
+    TokenLossOptions,
+    out_of_range,
+)
+from hsd.policy.head import response_hidden
 from hsd.policy.packing import TrainingRow, merge_equal, micro_batches, without_idle_ends
+from hsd.policy.teachers import Policy
 from hsd_kernels import fused_hsd_loss
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class Policy:
-    """What the loss needs of the models."""
-
-    model: PreTrainedModel
-    head: OutputHead
-    teacher: PreTrainedModel  # the live model itself, or the initial one
-    teacher_head: OutputHead
-    initial: PreTrainedModel  # frozen
-    initial_head: OutputHead
-    compute_dtype: torch.dtype
-
-
-SUMS = ("loss", "kl", "ref_kl", "entropy", "weight", "tokens", "gap", "teacher_agrees")
-"""What `accumulate_gradients` sums: per-token means come from dividing by weight or tokens."""
+SUMS = (
+    "loss",
+    "kl",
+    "ref_kl",
+    "entropy",
+    "weight",
+    "tokens",
+    "gap",
+    "teacher_agrees",
+    "distilled_weight",
+    "distilled_tokens",
+    "clipped",
+)
+"""What `accumulate_gradients` sums: per-token means come from dividing by weights or tokens."""
 
 
 def accumulate_gradients(
@@ -41,8 +46,9 @@ def accumulate_gradients(
     *,
     micro_batch_tokens: int,
     temperature: float,
-) -> tuple[torch.Tensor, float]:
-    """Adds the gradient of the step's loss to the parameters.
+    step: int = 0,
+) -> tuple[Tensor, float]:
+    """Adds the gradient of the update's loss to the parameters.
 
     The weights in `rows` hold every normaliser, so the gradient is the same for any split into
     micro-batches or ranks.
@@ -50,6 +56,7 @@ def accumulate_gradients(
     Args:
         temperature: of sampling. The policy that is sampled is the policy that is trained:
             log-probs, both sides of the KLs and the engine's log-probs are all at it.
+        step: where schedules of scalars are read.
 
     Returns:
         sums in the order of `SUMS`, float64; and the largest gap between the engine's log-probs
@@ -59,75 +66,184 @@ def accumulate_gradients(
     largest_gap = 0.0
     distinct = without_idle_ends(merge_equal(rows))
     for batch in micro_batches(distinct, token_budget=micro_batch_tokens):
-        sums, gap = _micro_batch(policy, batch, objective, temperature)
+        sums, gap = _micro_batch(policy, batch, objective, temperature, step)
         total += sums
         largest_gap = max(largest_gap, gap)
     return total, largest_gap
 
 
 def _micro_batch(
-    policy: Policy, batch: Sequence[TrainingRow], objective: ObjectiveConfig, temperature: float
-) -> tuple[torch.Tensor, float]:
-    responses = [row.response for row in batch]
-    student_prompts = [row.student_prompt for row in batch]
-    dtype = policy.compute_dtype
-    with torch.no_grad():
-        teacher_hidden = response_hidden(
-            policy.teacher, [row.teacher_prompt for row in batch], responses, compute_dtype=dtype
-        )
-        initial_hidden = response_hidden(
-            policy.initial, student_prompts, responses, compute_dtype=dtype
-        )
-    student_hidden = response_hidden(policy.model, student_prompts, responses, compute_dtype=dtype)
+    policy: Policy,
+    batch: Sequence[TrainingRow],
+    objective: ObjectiveConfig,
+    temperature: float,
+    step: int,
+) -> tuple[Tensor, float]:
+    student_hidden, others = _hidden_states(policy, batch)
     weights = torch.tensor([weight for row in batch for weight in row.weights])
-    head, own_teacher = policy.head, policy.teacher is not policy.model
+    engine = torch.tensor([value for row in batch for value in row.logprobs])
+    taught = torch.tensor([each for row in batch for each in _distilled(policy, row)])
+    lengths = [len(row.response) for row in batch]
+    advantages = torch.repeat_interleave(
+        torch.tensor([row.advantage for row in batch]), torch.tensor(lengths)
+    )
+    head = policy.head
+    common: dict[str, Any] = {
+        "targets": torch.tensor([token for row in batch for token in row.response]),
+        "token_weights": weights,
+        "logit_scale": head.logit_scale,
+        "logit_softcap": head.logit_softcap,
+        "temperature": temperature,
+        "max_chunk_bytes": objective.max_chunk_bytes,
+    }
+    terms = _divergence_terms(policy, objective, step, taught)
+    gradient = PolicyGradient(arguments={})
+    pg_coef = value_at(objective.pg_coef, step)
+    if objective.has_policy_gradient:
+        logprob = teacher_logprob = None
+        if objective.token_loss in NEEDS_STATISTICS:
+            logprob, teacher_logprob = _log_probs(
+                policy, student_hidden.detach(), others["teacher_hidden"], common
+            )
+        tokens = TokenBatch(
+            lengths=lengths,
+            advantages=advantages,
+            old_logprobs=engine,
+            own=weights != 0,
+            distilled=taught,
+            logprob=logprob,
+            teacher_logprob=teacher_logprob,
+        )
+        options = TokenLossOptions(
+            clip_range=objective.clip_range,
+            teacher_mix=value_at(objective.teacher_mix, step),
+            teacher_clip=objective.teacher_clip,
+        )
+        gradient = TOKEN_LOSSES[objective.token_loss](tokens, options)
+        terms["pg_coef"] = pg_coef
     out = fused_hsd_loss(
         student_hidden,  # (N, D)
-        teacher_hidden,  # (N, D)
-        head.weight,  # (V, D)
+        weight=head.weight,  # (V, D)
         bias=head.bias,
-        teacher_weight=policy.teacher_head.weight.detach() if own_teacher else None,
-        teacher_bias=_detached(policy.teacher_head.bias) if own_teacher else None,
-        ref_hidden=initial_hidden,  # (N, D)
-        ref_weight=policy.initial_head.weight,
-        ref_bias=policy.initial_head.bias,
-        ref_coef=objective.ref_coef,
-        targets=torch.tensor([token for response in responses for token in response]),
-        token_weights=weights,
-        divergence=objective.divergence,
-        jsd_beta=objective.jsd_beta,
-        logit_scale=head.logit_scale,
-        logit_softcap=head.logit_softcap,
-        temperature=temperature,
-        max_chunk_bytes=objective.max_chunk_bytes,
+        ref_coef=value_at(objective.ref_coef, step),
+        **others,
+        **common,
+        **terms,
+        **gradient.arguments,
     )
     out.loss.backward()  # type: ignore[no-untyped-call]
 
     stats = out.stats
     computed = stats.computed
-    engine = torch.tensor([value for row in batch for value in row.logprobs])
-    gap = (_given(stats.logprob) - engine)[computed].abs()
-    weighted = weights[computed]
+    logprob = _given(stats.logprob)
+    gap = (logprob - engine)[computed].abs()
+    clipped = gradient.clipped
+    if clipped is None:
+        clipped = out_of_range(torch.exp(logprob - engine), advantages, objective.clip_range)
+    loss = out.loss.detach().double()
+    if gradient.constant is not None:
+        loss = loss + pg_coef * (weights * gradient.constant).double().sum()
+    taught = taught & computed
     sums = torch.stack(
         [
-            out.loss.detach().double(),
-            (weighted * _given(stats.kl)[computed]).double().sum(),
-            (weighted * _given(stats.ref_kl)[computed]).double().sum(),
-            (weighted * stats.entropy[computed]).double().sum(),
-            weighted.double().sum(),
+            loss,
+            _weighted_sum(weights, stats.kl, taught),
+            _weighted_sum(weights, stats.ref_kl, computed),
+            _weighted_sum(weights, stats.entropy, computed),
+            weights[computed].double().sum(),
             computed.double().sum(),
             gap.double().sum(),
-            _given(stats.top1_agree)[computed].double().sum(),
+            _weighted_sum(torch.ones_like(weights), stats.top1_agree, taught),
+            weights[taught].double().sum(),
+            taught.double().sum(),
+            clipped[computed].double().sum(),
         ]
     )
     return sums, float(gap.max()) if len(gap) else 0.0
 
 
-def _detached(bias: torch.nn.Parameter | None) -> torch.Tensor | None:
-    return None if bias is None else bias.detach()
+def _distilled(policy: Policy, row: TrainingRow) -> Sequence[bool]:
+    if policy.teacher is None:
+        return [False] * len(row.response)
+    return [True] * len(row.response) if row.distilled is None else row.distilled
 
 
-def _given(value: torch.Tensor | None) -> torch.Tensor:
+def _hidden_states(policy: Policy, batch: Sequence[TrainingRow]) -> tuple[Tensor, dict[str, Any]]:
+    """(N, D) of the policy; and those of teacher and reference with their heads, as arguments."""
+    responses = [row.response for row in batch]
+    student_prompts = [row.student_prompt for row in batch]
+    dtype = policy.compute_dtype
+    others: dict[str, Any] = {"teacher_hidden": None}
+    with torch.no_grad():
+        if policy.teacher is not None:
+            others["teacher_hidden"] = response_hidden(
+                policy.teacher,
+                [row.teacher_prompt for row in batch],
+                responses,
+                compute_dtype=dtype,
+            )
+        others["ref_hidden"] = response_hidden(
+            policy.initial, student_prompts, responses, compute_dtype=dtype
+        )
+    others["ref_weight"] = policy.initial_head.weight
+    others["ref_bias"] = policy.initial_head.bias
+    others |= _teacher_head(policy)
+    student = response_hidden(policy.model, student_prompts, responses, compute_dtype=dtype)
+    return student, others
+
+
+def _teacher_head(policy: Policy) -> dict[str, Any]:
+    """The teacher's own head, where it is not the policy's."""
+    if policy.teacher_head is None or policy.teacher is policy.model:
+        return {}
+    bias = policy.teacher_head.bias
+    return {
+        "teacher_weight": policy.teacher_head.weight.detach(),
+        "teacher_bias": None if bias is None else bias.detach(),
+    }
+
+
+def _divergence_terms(
+    policy: Policy, objective: ObjectiveConfig, step: int, taught: Tensor
+) -> dict[str, Any]:
+    """The arguments of the divergence from the teacher."""
+    if policy.teacher is None:
+        return {}
+    terms: dict[str, Any] = {
+        "divergence": objective.divergence,
+        "jsd_beta": objective.jsd_beta,
+        "kl_coef": value_at(objective.kl_coef, step),
+    }
+    if not bool(taught.all()):
+        terms["kl_weights"] = taught.float()
+    return terms
+
+
+@torch.no_grad()
+def _log_probs(
+    policy: Policy, student_hidden: Tensor, teacher_hidden: Tensor | None, common: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """(N,) log-probs of the targets under policy and teacher; NaN at tokens without weight."""
+    stats = fused_hsd_loss(
+        student_hidden,  # (N, D)
+        teacher_hidden,  # (N, D)
+        policy.head.weight,  # (V, D)
+        bias=policy.head.bias,
+        advantages=torch.zeros(len(student_hidden)),
+        **common,
+        **_teacher_head(policy),
+    ).stats
+    return _given(stats.logprob), stats.teacher_logprob
+
+
+def _weighted_sum(weights: Tensor, values: Tensor | None, chosen: Tensor) -> Tensor:
+    """The sum over chosen tokens, float64; 0 for a statistic that was not asked for."""
+    if values is None:
+        return torch.zeros((), dtype=torch.float64)
+    return (weights[chosen] * values[chosen]).double().sum()
+
+
+def _given(value: Tensor | None) -> Tensor:
     if value is None:
         raise RuntimeError("the loss left out a statistic whose inputs it was given")
     return value

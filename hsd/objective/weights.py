@@ -1,8 +1,7 @@
-"""Token weights: which tokens of a rollout count, and how much."""
+"""Which tokens of a rollout its teacher speaks to."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 
@@ -25,24 +24,3 @@ def window_mask(
         return [True] * length
     kept = 0 if divergence is None else divergence + window + 1
     return [position < kept for position in range(length)]
-
-
-def sequence_weights(
-    loss_mask: Sequence[bool], kept: Sequence[bool], *, group_size: int, questions: int
-) -> tuple[float, ...]:
-    """The paper's mean: over a rollout's own tokens, over its group, over the questions.
-
-    Tokens that `kept` leaves out weigh nothing; the mean stays one over all tokens of the loss
-    mask, so that a window does not make its few tokens count for more.
-
-    Args:
-        loss_mask: tokens that the policy chose.
-        kept: tokens that the objective keeps.
-        group_size: G.
-        questions: of the whole step, over all ranks.
-    """
-    own = sum(loss_mask)
-    share = 1.0 / (own * group_size * questions) if own else 0.0
-    return tuple(
-        share if chosen and keep else 0.0 for chosen, keep in zip(loss_mask, kept, strict=True)
-    )

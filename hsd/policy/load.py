@@ -110,3 +110,9 @@ def _shipped(name: str) -> Path:
     model.tie_weights()
     save_policy(model, tokenizer, path)
     return path
+
+
+def model_identity(name: str) -> list[object]:
+    """A model's name, and for a directory what changes when its files do."""
+    files = sorted(Path(name).glob("*")) if Path(name).is_dir() else []
+    return [name, *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]

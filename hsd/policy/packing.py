@@ -18,6 +18,8 @@ class TrainingRow:
         response: token ids; the same on both sides.
         weights: one per response token; they hold masks and normalisation.
         logprobs: the engine's, of the response tokens, nats.
+        advantage: of every token, in the policy gradient.
+        distilled: tokens that have a teacher; None if all have.
     """
 
     student_prompt: tuple[int, ...]
@@ -25,6 +27,8 @@ class TrainingRow:
     response: tuple[int, ...]
     weights: tuple[float, ...]
     logprobs: tuple[float, ...]
+    advantage: float = 0.0
+    distilled: tuple[bool, ...] | None = None
 
     @property
     def padded_length(self) -> int:
@@ -33,13 +37,14 @@ class TrainingRow:
 
 
 def merge_equal(rows: Sequence[TrainingRow]) -> list[TrainingRow]:
-    """Rows that agree in prompts and response become one whose weights are their sum.
+    """Rows that agree in all but weights and log-probs become one whose weights are their sum.
 
     Exact: the loss is linear in the weights. Short answers repeat within a group.
     """
-    merged: dict[tuple[tuple[int, ...], ...], TrainingRow] = {}
+    merged: dict[object, TrainingRow] = {}
     for row in rows:
-        key = (row.student_prompt, row.teacher_prompt, row.response)
+        parts = (row.student_prompt, row.teacher_prompt, row.response)
+        key = (*parts, row.advantage, row.distilled)
         if key in merged:
             weights = zip(merged[key].weights, row.weights, strict=True)
             row = replace(merged[key], weights=tuple(a + b for a, b in weights))
@@ -62,6 +67,7 @@ def without_idle_ends(rows: Sequence[TrainingRow]) -> list[TrainingRow]:
                     response=row.response[:length],
                     weights=row.weights[:length],
                     logprobs=row.logprobs[:length],
+                    distilled=None if row.distilled is None else row.distilled[:length],
                 )
             )
     return cut

@@ -33,7 +33,7 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
 
 def teach(tokenizer: PreTrainedTokenizerBase, peer: str | None = PEER, **config: Any) -> Context:
     builder = ContextBuilder(tokenizer, ContextConfig(**config))
-    context = builder.teacher(QUESTION, peer_text=peer)
+    context = builder.teacher(QUESTION, peers=[] if peer is None else [peer])
     assert context is not None
     return context
 
@@ -60,7 +60,7 @@ def test_white_space_around_a_question_is_dropped(tokenizer: PreTrainedTokenizer
     builder = ContextBuilder(tokenizer, ContextConfig())
     padded = dataclasses.replace(QUESTION, prompt=f"\n  {QUESTION.prompt} \n\n")
     assert builder.student(padded) == builder.student(QUESTION)
-    assert builder.teacher(padded, peer_text=PEER) == builder.teacher(QUESTION, peer_text=PEER)
+    assert builder.teacher(padded, peers=[PEER]) == builder.teacher(QUESTION, peers=[PEER])
 
 
 def test_plain_prompts(plain_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -77,7 +77,6 @@ def test_plain_prompts(plain_tokenizer: PreTrainedTokenizerBase) -> None:
         ({}, PEER, ANSWER_BLOCK + PEER_BLOCK + CLOSING),
         ({}, None, ANSWER_BLOCK + CLOSING),
         ({"show_peer": False}, PEER, ANSWER_BLOCK + CLOSING),
-        ({"show_peer": False, "fallback": "skip"}, None, ANSWER_BLOCK + CLOSING),
         ({"show_answer": False}, PEER, PEER_BLOCK + CLOSING),
         ({"show_answer": False}, None, ANSWER_BLOCK + CLOSING),
         ({"fallback": "skip"}, PEER, ANSWER_BLOCK + PEER_BLOCK + CLOSING),
@@ -90,10 +89,45 @@ def test_what_each_setting_shows(
     assert context.token_ids == chat_ids(chat_tokenizer, QUESTION.prompt + blocks)
 
 
-def test_skip_gives_no_teacher_without_a_peer(chat_tokenizer: PreTrainedTokenizerBase) -> None:
-    for show_answer in (True, False):
-        config = ContextConfig(fallback="skip", show_answer=show_answer)
-        assert ContextBuilder(chat_tokenizer, config).teacher(QUESTION, peer_text=None) is None
+@pytest.mark.parametrize("fallback", ["skip", "policy_gradient"])
+@pytest.mark.parametrize("show_answer", [True, False])
+def test_other_fallbacks_give_no_teacher_without_a_peer(
+    chat_tokenizer: PreTrainedTokenizerBase, show_answer: bool, fallback: Any
+) -> None:
+    config = ContextConfig(fallback=fallback, show_answer=show_answer)
+    assert ContextBuilder(chat_tokenizer, config).teacher(QUESTION, peers=[]) is None
+
+
+def test_several_peers_stand_one_behind_the_other_and_a_failed_one_last(
+    chat_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    builder = ContextBuilder(chat_tokenizer, ContextConfig())
+    context = builder.teacher(QUESTION, peers=[PEER, "168!"], failed="<|im_end|>167")
+    second = "\n\nA successful solution:\n<<<\n168!\n>>>"
+    failed = "\n\nAn attempt that went wrong:\n<<<\n167\n>>>"
+    turn = QUESTION.prompt + ANSWER_BLOCK + PEER_BLOCK + second + failed + CLOSING
+    assert context == Context(chat_ids(chat_tokenizer, turn), 0, 1)
+
+
+def test_the_budget_is_that_of_each_peer(chat_tokenizer: PreTrainedTokenizerBase) -> None:
+    builder = ContextBuilder(chat_tokenizer, ContextConfig(peer_token_budget=2))
+    one = builder.teacher(QUESTION, peers=[PEER])
+    two = builder.teacher(QUESTION, peers=[PEER, PEER])
+    assert one is not None and two is not None
+    assert two.peer_truncated_tokens == 2 * one.peer_truncated_tokens > 0
+
+
+def test_a_demonstration_is_the_solution_of_the_question(
+    chat_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    config = ContextConfig(show_answer=False, show_peer=False, show_demonstration=True)
+    builder = ContextBuilder(chat_tokenizer, config)
+    question = dataclasses.replace(QUESTION, solution="47 + <|im_end|>85 >>> 132")
+    context = builder.teacher(question, peers=[PEER])
+    block = "\n\nA worked solution:\n<<<\n47 + 85  132\n>>>"
+    assert context == Context(chat_ids(chat_tokenizer, QUESTION.prompt + block + CLOSING), 0, 1)
+    with pytest.raises(ValueError, match=r"context\.show_demonstration: question 'q' has no"):
+        builder.teacher(QUESTION, peers=[])
 
 
 @pytest.mark.parametrize("prompt", [QUESTION.prompt, " padded \n", *HOSTILE[:-1]])
@@ -104,7 +138,7 @@ def test_the_control_teacher_sees_exactly_the_students_prompt(
     question = dataclasses.replace(QUESTION, prompt=prompt)
     config = ContextConfig(show_answer=False, show_peer=False)
     builder = ContextBuilder(tokenizer, config)
-    context = builder.teacher(question, peer_text=peer)
+    context = builder.teacher(question, peers=[] if peer is None else [peer])
     assert context is not None
     assert context.token_ids == builder.student(question)
 
@@ -114,7 +148,7 @@ def test_both_sides_end_in_the_same_ids(tokenizer: PreTrainedTokenizerBase, prom
     builder = ContextBuilder(tokenizer, ContextConfig())
     question = dataclasses.replace(QUESTION, prompt=prompt)
     student = builder.student(question)
-    context = builder.teacher(question, peer_text=PEER)
+    context = builder.teacher(question, peers=[PEER])
     assert context is not None
     chat_tail = "<|im_end|>\n<|im_start|>assistant\n"
     tail = tokenizer(
@@ -129,14 +163,14 @@ def test_hostile_text_gives_no_special_token(
 ) -> None:
     builder = ContextBuilder(tokenizer, ContextConfig())
     expected = special_ids(tokenizer, builder.student(QUESTION))
-    context = builder.teacher(QUESTION, peer_text=hostile)
+    context = builder.teacher(QUESTION, peers=[hostile])
     assert context is not None
     assert special_ids(tokenizer, context.token_ids) == expected
     if "\ud800" in hostile:  # load_jsonl keeps such questions out
         return
     question = Question(id="h", prompt=hostile, answer=hostile)
     assert special_ids(tokenizer, builder.student(question)) == expected
-    context = builder.teacher(question, peer_text=hostile)
+    context = builder.teacher(question, peers=[hostile])
     assert context is not None
     assert special_ids(tokenizer, context.token_ids) == expected
 
@@ -146,7 +180,7 @@ def test_special_tokens_are_counted_over_question_answer_and_peer(
 ) -> None:
     builder = ContextBuilder(chat_tokenizer, ContextConfig())
     question = Question(id="h", prompt="a<|im_end|>b", answer="7<|endoftext|>")
-    context = builder.teacher(question, peer_text="x<|im_<|im_end|>end|><file_sep>y")
+    context = builder.teacher(question, peers=["x<|im_<|im_end|>end|><file_sep>y"])
     assert context is not None
     assert context.special_tokens_removed == 5
     text = chat_tokenizer.decode(context.token_ids)
@@ -206,7 +240,7 @@ def test_only_the_peer_is_cut(
 ) -> None:
     question = Question(id="q", prompt="long question " * 20, answer="long answer" * 20)
     config = ContextConfig(peer_token_budget=4, peer_keep=keep)  # type: ignore[arg-type]
-    context = ContextBuilder(plain_tokenizer, config).teacher(question, peer_text="0123456789")
+    context = ContextBuilder(plain_tokenizer, config).teacher(question, peers=["0123456789"])
     assert context is not None
     assert context.peer_truncated_tokens == 6
     text = plain_tokenizer.decode(context.token_ids)
@@ -239,7 +273,7 @@ def test_a_peer_of_exactly_the_budget_stays(plain_tokenizer: PreTrainedTokenizer
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"fallback": "retry"}, r"context\.fallback: found 'retry', expected answer or skip"),
+        ({"fallback": "retry"}, r"context\.fallback: found 'retry', expected answer, skip or"),
         ({"peer_keep": "start"}, r"context\.peer_keep: found 'start', expected head, tail or mid"),
         ({"peer_token_budget": 0}, r"context\.peer_token_budget: found 0, expected an integer of"),
         ({"peer_token_budget": 1.5}, r"context\.peer_token_budget: found 1\.5"),
@@ -278,7 +312,7 @@ def test_a_system_message_stands_on_both_sides(
 ) -> None:
     question = Question(id="1", prompt="Compute 1 + 2.", answer="3")
     builder = ContextBuilder(chat_tokenizer, ContextConfig(system="Be brief."))
-    context = builder.teacher(question, peer_text="1 + 2 = 3.")
+    context = builder.teacher(question, peers=["1 + 2 = 3."])
     assert context is not None
     for token_ids in (builder.student(question), context.token_ids):
         text = str(chat_tokenizer.decode(token_ids))

@@ -7,6 +7,8 @@ from hsd.data.templates import TEMPLATE_FILE, load_template
 COMPLETE = {
     "answer": "A {answer}",
     "peer": "[{peer}]",
+    "failed": "no [{peer}]",
+    "demonstration": "so [{demonstration}]",
     "closing": "Again.",
     "peer_open": "[",
     "peer_close": "]",

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hsd.cli import main as hsd_main
-from hsd.objective.step import Policy
 from hsd.policy.head import output_head
 from hsd.policy.packing import TrainingRow
+from hsd.policy.teachers import Policy
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"

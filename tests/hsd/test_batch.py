@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from hsd.config import ObjectiveConfig
+from hsd.config import Config, ObjectiveConfig, RolloutConfig
 from hsd.data.contexts import ContextBuilder, ContextConfig
+from hsd.data.peers import PeerConfig, PeerPolicy
 from hsd.data.questions import Question
-from hsd.objective.batch import Group, JudgedRollout, judge
+from hsd.data.verify import Outcome
+from hsd.objective.batch import JudgedRollout, judge
+from hsd.objective.normalisation import StepTotals
+from hsd.rollout.groups import Group
 from hsd.rollout.protocol import Rollout
 
 QUESTION = Question(id="q", prompt="Compute 1 + 2.", answer="the answer 3")
@@ -37,6 +41,7 @@ def judged(tokenizer: PreTrainedTokenizerFast, contexts: Callable[..., ContextBu
         texts: list[str],
         context: dict[str, Any] | None = None,
         *,
+        peers: dict[str, Any] | None = None,
         seed: int = 0,
         step: int = 0,
         questions: int = 1,
@@ -59,16 +64,24 @@ def judged(tokenizer: PreTrainedTokenizerFast, contexts: Callable[..., ContextBu
             question=QUESTION,
             rollouts=rollouts,
             texts=texts,
-            rewards=[text.endswith("!") for text in texts],
+            outcomes=[Outcome.CORRECT if text.endswith("!") else Outcome.WRONG for text in texts],
+            step=step,
         )
+        config = Config(
+            rollout=RolloutConfig(max_new_tokens=32),
+            context=ContextConfig(**(context or {})),
+            peers=PeerConfig(**(peers or {})),
+            objective=ObjectiveConfig(**objective),
+        )
+        policy = PeerPolicy(config.peers, seed=seed)
         return judge(
             group,
-            tokenizer,
+            policy.choose(group.attempts),
             contexts(**(context or {})),
-            ObjectiveConfig(**objective),
-            seed=seed,
-            step=step,
-            questions=questions,
+            config,
+            StepTotals(
+                questions=questions, tokens=sum(group.own_tokens) * questions, max_new_tokens=32
+            ),
         )
 
     return run

@@ -52,6 +52,13 @@ def test_a_recipe_holds_what_differs_from_its_base(write: Callable[..., Path]) -
     assert (config.rollout.group_size, config.rollout.top_p) == (6, 0.5)
 
 
+def test_a_task_of_another_source_replaces_that_of_the_base(write: Callable[..., Path]) -> None:
+    write("[task]\nsource = 'arithmetic'\nterms = 4\n", "base.toml")
+    task = "[task]\nsource = 'jsonl'\ntrain = 'a.jsonl'\n"
+    config = load_recipe(write(f"base = 'base.toml'\n{task}"))
+    assert config.task == JsonlTask(train=Path("a.jsonl"))
+
+
 def test_a_base_is_found_beside_its_recipe(
     write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,6 +99,13 @@ def test_a_base_is_found_beside_its_recipe(
         ("[optimizer]\nmax_grad_norm = 0", "optimizer.max_grad_norm: found 0"),
         ("[warmup]\nbatch_size = 0", "warmup.batch_size: found 0"),
         ("[evaluation]\nsamples = 0", "evaluation.samples: found 0"),
+        ("[rollout]\nsampling_rounds = 2", "rollout.sampling_rounds: found 2"),
+        ("[optimizer]\nupdates_per_step = 9", "optimizer.updates_per_step: found 9"),
+        ("[context]\nfallback = 'policy_gradient'", "context.fallback: found 'policy_gradient'"),
+        ("[context]\nshow_peer = false\nfallback = 'skip'", "context.fallback: found 'skip'"),
+        ("[context]\nshow_peer = false\n[peers]\ncount = 2", "peers.count: found 2"),
+        ("[peers]\nsource = 'other_prompt'\n[objective]\nwindow = 0", "peers.source: found"),
+        ("[objective]\nref_coef = [[0, 1], [0, 2]]", "objective.ref_coef: found steps [0, 0]"),
         ("[context]\npeer_keep = 'ends'", "context.peer_keep: found 'ends'"),
         ("[context]\npeer_token_budget = 0", "context.peer_token_budget: found 0"),
         ("[task]\nterms = 1", "task.terms: found 1"),

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from hsd.config import ObjectiveConfig
 from hsd.objective import step
-from hsd.objective.step import SUMS, Policy, accumulate_gradients
+from hsd.objective.step import SUMS, accumulate_gradients
 from hsd.policy.head import response_hidden
 from hsd.policy.packing import TrainingRow, micro_batches, without_idle_ends
+from hsd.policy.teachers import Policy
 
 MakePolicy = Callable[..., Policy]
 MakeRow = Callable[..., TrainingRow]
@@ -217,6 +218,20 @@ def test_the_policy_that_is_trained_is_the_one_that_is_sampled(
 
 
 @pytest.mark.gradient
+def test_scalars_follow_their_schedules(make_policy: MakePolicy, rows: list[TrainingRow]) -> None:
+    schedule = ObjectiveConfig(kl_coef=((0, 1.0), (8, 0.0)), ref_coef=((0, 0.0), (4, 2 * REF_COEF)))
+    policy = make_policy()
+    full, _ = dense(policy, rows, ObjectiveConfig(ref_coef=2 * REF_COEF))
+    policy.model.zero_grad(set_to_none=True)
+    accumulate_gradients(policy, rows, schedule, micro_batch_tokens=10_000, temperature=1.0, step=2)
+    found = torch.cat([parameter.grad.flatten() for parameter in policy.model.parameters()])
+    # At step 2: 3/4 of the divergence and half of the reference's 2 REF_COEF.
+    only_kl, _ = dense(policy, rows, ObjectiveConfig(ref_coef=0.0))
+    expected = 0.75 * only_kl + 0.5 * (full - only_kl)
+    assert relative_error(found, expected) <= 1e-4
+
+
+@pytest.mark.gradient
 def test_gradients_add_up_over_calls(make_policy: MakePolicy, rows: list[TrainingRow]) -> None:
     policy, objective = make_policy(), ObjectiveConfig(ref_coef=REF_COEF)
     expected, _ = dense(policy, rows, objective)
@@ -286,6 +301,9 @@ def test_sums_are_those_of_the_dense_loss(
     _, expected = dense(policy, rows, objective)
     _, found = accumulated(policy, rows, objective, micro_batch_tokens=30)
     found.pop("teacher_agrees")
+    assert found.pop("distilled_weight") == pytest.approx(expected["weight"])
+    assert found.pop("distilled_tokens") == expected["tokens"]
+    assert found.pop("clipped") == 0
     assert found == pytest.approx(expected, rel=1e-4)
 
 

@@ -35,6 +35,8 @@ ROLLOUT_FIELDS = {
     "correct",
     "peer",
     "divergence",
+    "peers",
+    "advantage",
 }
 
 
@@ -285,12 +287,12 @@ def test_the_terminal_shows_configuration_progress_samples_and_accuracy(
         "KL to start",
         "with peer",
         "tok/s",
-        "samples before HSD",
-        "samples after HSD",
+        "samples before training",
+        "samples after training",
         "Draw 16.",
         "heldout accuracy",
         "pass@2",
-        "change of avg@2 over HSD",
+        "change of avg@2 over training",
         "run folder: ",
     ):
         assert shown in out

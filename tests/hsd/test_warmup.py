@@ -156,7 +156,8 @@ def test_the_files_of_the_model_are_in_the_key(
     "change",
     [
         {"objective": {"divergence": "reverse_kl", "window": 3, "teacher": "initial"}},
-        {"context": {"show_peer": False, "show_answer": False, "fallback": "skip"}},
+        {"context": {"show_peer": False, "show_answer": False}},
+        {"context": {"show_demonstration": True, "fallback": "skip"}, "peers": {"count": 2}},
         {"optimizer": {"learning_rate": 1e-3, "schedule": "linear", "warmup_steps": 2}},
         {"rollout": {"group_size": 3, "temperature": 0.5}},
         {"steps": 99},

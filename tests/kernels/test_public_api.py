@@ -30,7 +30,7 @@ def described(name: str) -> list[str]:
 def test_names_and_signatures_are_those_on_file():
     found = "\n".join(line for name in sorted(hsd_kernels.__all__) for line in described(name))
     assert found + "\n" == FROZEN.read_text(encoding="utf-8"), (
-        "the public API changed; if that is meant, write this to public_api.txt and the CHANGELOG:\n"
+        "the public API changed; if meant, write this to public_api.txt and the CHANGELOG:\n"
         + found
     )
 

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from hsd.config import ObjectiveConfig
 from hsd.distributed.process import join_world, leave_world
-from hsd.objective.step import Policy, accumulate_gradients
+from hsd.objective.step import accumulate_gradients
 from hsd.policy.head import output_head
 from hsd.policy.packing import TrainingRow
+from hsd.policy.teachers import Policy
 
 folder = Path(sys.argv[1])
 world = join_world()
@@ -30,7 +31,10 @@ policy = Policy(
     compute_dtype=torch.float32,
 )
 for name, shares in json.loads((folder / "cases.json").read_text()).items():
-    rows = [TrainingRow(**{k: tuple(v) for k, v in row.items()}) for row in shares[world.rank]]
+    rows = [
+        TrainingRow(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+        for row in shares[world.rank]
+    ]
     model.zero_grad(set_to_none=True)
     accumulate_gradients(
         policy, rows, ObjectiveConfig(ref_coef=0.3), micro_batch_tokens=40, temperature=1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -17,8 +18,9 @@ from safetensors.torch import load_file
 
 from hsd.config import ObjectiveConfig
 from hsd.metrics import read_json_lines
-from hsd.objective.step import Policy, accumulate_gradients
+from hsd.objective.step import accumulate_gradients
 from hsd.policy.packing import TrainingRow
+from hsd.policy.teachers import Policy
 
 pytestmark = pytest.mark.slow
 
@@ -108,30 +110,71 @@ def without_timings(path: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k not in timings} for record in records]
 
 
-@pytest.mark.parametrize("questions", [3, 1], ids=["uneven ranks", "an idle rank"])
+FILTERED = {
+    "rollout": {"questions_per_step": 3, "sampling_rounds": 4, "group_size": 3},
+    "objective": {
+        "group_filter": "mixed",
+        "advantage": "standardised",
+        "token_loss": "sequence_ratio",
+        "normalisation": "token_global",
+        "teacher": "ema",
+    },
+    "optimizer": {"updates_per_step": 2},
+    "peers": {"source": "other_prompt"},
+}
+
+
+# With this seed a step without a group to learn from follows one with: momentum is at hand.
+SPARSE = {
+    "seed": 4,
+    "steps": 6,
+    "rollout": {"questions_per_step": 1, "group_size": 2},
+    "objective": {
+        "group_filter": "mixed",
+        "advantage": "centred",
+        "token_loss": "token_ratio",
+        "teacher": "none",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rollout": {"questions_per_step": 3}},
+        {"rollout": {"questions_per_step": 1}},
+        FILTERED,
+        {"rollout": {"questions_per_step": 3}, "peers": {"source": "buffer"}},
+        SPARSE,
+    ],
+    ids=["uneven ranks", "an idle rank", "filtered groups and two updates", "buffer", "sparse"],
+)
 def test_two_ranks_train_as_one(
-    questions: int,
+    changes: dict[str, Any],
     tmp_path: Path,
     make_recipe: Callable[..., Path],
     run_hsd: Callable[..., int],
 ) -> None:
-    recipe = make_recipe(tmp_path / "recipe", {"rollout": {"questions_per_step": questions}})
+    recipe = make_recipe(tmp_path / "recipe", changes)
     one, two = tmp_path / "one", tmp_path / "two"
     done = launch("-m", "hsd.train", recipe, "--run-dir", two, cache=tmp_path / "other-cache")
     assert done.returncode == 0, done.stderr
     assert run_hsd("train", recipe, "--run-dir", one) == 0
     assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
     drawn = [
-        [(r["step"], r["question"], r["index"], r["token_ids"], r["peer"]) for r in records]
+        [(r["step"], r["question"], r["index"], r["token_ids"], r["peers"]) for r in records]
         for records in (read_json_lines(path / "rollouts.jsonl") for path in (one, two))
     ]
     assert drawn[0] == drawn[1]
     for record, other in zip(without_timings(one), without_timings(two), strict=True):
         assert record.pop("split", None) == other.pop("split", None)
-        per_question = "correct_per_question"
-        assert record.pop(per_question, None) == other.pop(per_question, None)
+        for nested in ("correct_per_question", "pass_at"):
+            assert record.pop(nested, None) == other.pop(nested, None)
         assert other == pytest.approx(record, rel=1e-3, abs=1e-5)
-    assert done.stdout.count("change of avg@2 over HSD") == 1
+    assert done.stdout.count("change of avg@2 over training") == 1
+    if changes is SPARSE:
+        kept = [r["kept_share"] for r in without_timings(one) if "kept_share" in r]
+        assert (1.0, 0.0) in itertools.pairwise(kept)
 
 
 def test_a_folder_in_use_ends_both_ranks(tmp_path: Path, make_recipe: Callable[..., Path]) -> None:

@@ -1,0 +1,79 @@
+"""The models beside the policy: whose weights teach, and where the reference KL pulls to."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from hsd.objective.config import ObjectiveConfig
+from hsd.policy.head import OutputHead, output_head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What the loss needs of the models. Weights are float32, those of the averages too."""
+
+    model: PreTrainedModel
+    head: OutputHead
+    teacher: PreTrainedModel | None  # may be the live model itself, or the initial one
+    teacher_head: OutputHead | None
+    initial: PreTrainedModel  # the reference: pi_0, or what it was refreshed to
+    initial_head: OutputHead
+    compute_dtype: torch.dtype
+
+
+def make_policy(
+    model: PreTrainedModel, objective: ObjectiveConfig, *, compute_dtype: torch.dtype
+) -> Policy:
+    """A model with the copies of it that an objective asks for."""
+    head = output_head(model)
+    initial = _frozen(model)
+    teacher: PreTrainedModel | None = None
+    if objective.teacher == "live":
+        teacher = model
+    elif objective.teacher == "ema" or (objective.teacher == "initial" and _refreshed(objective)):
+        teacher = _frozen(model)  # it must not move along with the reference
+    elif objective.teacher == "initial":
+        teacher = initial
+    return Policy(
+        model=model,
+        head=head,
+        teacher=teacher,
+        teacher_head=None if teacher is None else output_head(teacher),
+        initial=initial,
+        initial_head=output_head(initial),
+        compute_dtype=compute_dtype,
+    )
+
+
+def after_update(policy: Policy, objective: ObjectiveConfig, *, updates: int) -> None:
+    """Moves the teacher and the reference, where they move at all.
+
+    Args:
+        updates: optimiser updates that are done, from 1.
+    """
+    if objective.teacher == "ema" and policy.teacher is not None:
+        move_toward(policy.teacher, policy.model, decay=objective.teacher_decay)
+    if _refreshed(objective) and updates % objective.ref_refresh_every == 0:
+        move_toward(policy.initial, policy.model, decay=objective.ref_refresh_decay)
+
+
+@torch.no_grad()
+def move_toward(average: PreTrainedModel, model: PreTrainedModel, *, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * model, in place."""
+    for old, new in zip(average.parameters(), model.parameters(), strict=True):
+        old.lerp_(new, 1.0 - decay)
+
+
+def _refreshed(objective: ObjectiveConfig) -> bool:
+    return objective.ref_refresh_every > 0
+
+
+def _frozen(model: PreTrainedModel) -> PreTrainedModel:
+    return copy.deepcopy(model).requires_grad_(False)
