@@ -137,7 +137,7 @@ def _finish(
     }
     out, numbers = arguments.out, summary.to_dict()
     (out / "summary.json").write_text(
-        json.dumps({**about, **numbers}, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        json.dumps({"about": about, **numbers}, indent=1, allow_nan=False) + "\n", encoding="utf-8"
     )
     write_figures(out / "figures", numbers)
     shown = write_page(

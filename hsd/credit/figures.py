@@ -120,7 +120,8 @@ def _prefix_length(axes: Any, summary: Summary) -> None:
     counts = summary["prefix_length"]["counts"]
     if counts:
         lengths, numbers = np.array(counts).T
-        bins = min(int(lengths.max()) + 1, 40)
+        width = int(lengths.max()) // 40 + 1
+        bins = np.arange(0, lengths.max() + 2 * width, width) - 0.5
         axes.hist(lengths, bins=bins, weights=numbers, color="#0072B2")
     share = summary["prefix_length"]["share_of_rollout"]["mean"]
     note = "" if share is None else f" (mean {share:.0%} of the rollout)"
@@ -203,6 +204,7 @@ def _difficulty(axes: Any, summary: Summary) -> None:
         )
         labels = [f"{b['above']:g} < p ≤ {b['up_to']:g}\nn = {b['rollouts']}" for b in bins]
     axes.set_xticks(range(len(labels)), labels)
+    axes.margins(x=0.12)
     axes.set(
         xlabel="pass rate of the group",
         ylabel="mean |A| at the divergence, nats",

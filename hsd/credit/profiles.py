@@ -157,5 +157,14 @@ def _quotient(part: float, whole: float) -> float | None:
 
 
 def bars(context: Mapping[str, Any]) -> list[tuple[int, float, float]]:
-    """(distance, mean, half width) of the profile of `to_dict`; an unknown half width is 0."""
-    return [(p["distance"], p["mean"], p["half_width"] or 0.0) for p in context["profile"]]
+    """(distance, mean, half width) of the profile of `to_dict`, where enough rollouts reach.
+
+    A distance that fewer than a tenth of them reach says more about one rollout than about all.
+    An unknown half width is 0.
+    """
+    most = max((p["count"] for p in context["profile"]), default=0)
+    return [
+        (p["distance"], p["mean"], p["half_width"] or 0.0)
+        for p in context["profile"]
+        if 10 * p["count"] >= most
+    ]

@@ -32,20 +32,24 @@ function valueAt(measure, numbers, context, position) {
 
 function drawScale(measure) {
   const scale = byId("scale");
-  const lowest = measure.signed ? -measure.most : 0;
+  const { most, signed } = measure;
+  const lowest = signed ? -most : 0;
   const cells = Array.from({ length: 41 }, (_, i) => {
-    const cell = document.createElement("i");
-    cell.style.backgroundColor = colourOf(measure, lowest + (measure.most - lowest) * i / 40);
+    const place = signed ? i / 20 - 1 : i / 40; // linear in colour, quadratic in the value
+    const cell = element("i");
+    cell.style.backgroundColor = colourOf(measure, Math.sign(place) * place * place * most);
     return cell;
   });
-  const bar = document.createElement("span");
-  bar.className = "bar";
+  const bar = element("span", undefined, "bar");
   bar.append(...cells);
-  const ticks = document.createElement("span");
-  ticks.className = "ticks";
-  const marks = measure.signed ? [`≤ −${measure.most}`, "0", `≥ ${measure.most} nats`]
-    : ["0", `≥ ${measure.most} nats`];
-  ticks.append(...marks.map((mark) => element("span", mark)));
+  const marks = signed ? [-1, -0.25, 0, 0.25, 1] : [0, 0.25, 1];
+  const ticks = element("span", undefined, signed ? "ticks signed" : "ticks");
+  ticks.append(...marks.map((mark) => {
+    const tick = element("span", String(mark * most).replace("-", "−"));
+    const place = Math.sign(mark) * Math.sqrt(Math.abs(mark));
+    tick.style.left = `${100 * (signed ? (place + 1) / 2 : place)}%`;
+    return tick;
+  }));
   scale.replaceChildren(bar, ticks);
   scale.setAttribute("aria-label", `Colour scale of ${measure.name}, from ${lowest} to ${measure.most} nats`
     + (measure.signed ? "; blue above zero, orange below" : ""));

@@ -1,11 +1,6 @@
 // Everything that is known of one token.
 
-const QUANTITIES = [
-  ["log q", (view, numbers, i) => view.logprob[i]],
-  ["A", (view, numbers, i) => view.credit[i]],
-  ["KL(q‖p)", (view, numbers, i) => view.kl[i]],
-  ["H(q)", (view, numbers, i) => view.entropy[i]],
-];
+const QUANTITIES = [["A", "credit"], ["log q", "logprob"], ["KL", "kl"], ["H(q)", "entropy"]];
 
 function number(value) {
   if (value === undefined || Number.isNaN(value)) return "–";
@@ -14,27 +9,30 @@ function number(value) {
 
 const quoted = (text) => `“${text.replaceAll("\n", "⏎").replaceAll("\t", "⇥")}”`;
 
-function row(label, values, active) {
-  const line = element("tr");
-  const head = element("th", label);
-  head.scope = "row";
-  line.append(head, ...values.map((value, i) =>
-    element("td", value, i === active ? "active" : undefined)));
+function percent(share) {
+  return share >= 5e-4 ? `${(100 * share).toFixed(1)} %` : share.toExponential(0).replace("-", "−");
+}
+
+function heading(text, scope) {
+  const head = element("th", text);
+  head.scope = scope;
+  return head;
+}
+
+function row(label, values, className) {
+  const line = element("tr", undefined, className);
+  line.append(heading(label, "row"), ...values.map((value) => element("td", value)));
   return line;
 }
 
 function numbersTable(numbers, position, context) {
   const table = element("table", undefined, "numbers");
   const head = element("tr");
-  head.append(element("td"), ...index.contexts.map((_, c) => {
-    const cell = element("th", contextLabel(c), c === context ? "active" : undefined);
-    cell.scope = "col";
-    return cell;
-  }));
-  const body = QUANTITIES.map(([label, of]) =>
-    row(label, numbers.views.map((view) => number(view ? of(view, numbers, position) : undefined)), context));
-  const caption = element("caption", "With each teacher context, nats", "quiet");
-  table.append(caption, head, ...body);
+  head.append(heading("context", "col"), ...QUANTITIES.map(([label]) => heading(label, "col")));
+  const body = numbers.views.map((view, c) => row(
+    contextLabel(c), QUANTITIES.map(([, key]) => number(view?.[key][position])),
+    c === context ? "active" : undefined));
+  table.append(head, ...body);
   return table;
 }
 
@@ -52,7 +50,7 @@ function topList(title, top, chosen) {
     const bar = element("i");
     bar.style.width = `${(100 * share).toFixed(1)}%`;
     item.append(bar, element("code", quoted(textOf(id))),
-      element("span", `${(100 * share).toFixed(1)} %${id === chosen ? ", sampled" : ""}`));
+      element("span", percent(share) + (id === chosen ? ", sampled" : "")));
     list.append(item);
   }
   part.append(list);
@@ -68,10 +66,13 @@ function describe(column, position, context) {
   const where = element("p", `${column.kind} ${rollout.index}, token ${position} of ${rollout.n}`
     + (tau === null ? "" : `, ${position < tau ? `${tau - position} before` : position > tau ? `${position - tau} behind` : "at"} its divergence`), "quiet");
   const own = element("table", undefined, "numbers");
-  own.append(element("caption", "The plain model, nats", "quiet"),
-    row("log p", [number(numbers.logprob[position])]),
-    row("H(p)", [number(numbers.entropy[position])]),
-    row("weight", [Number(numbers.weight[position].toPrecision(4)).toString()]));
+  const labels = element("tr");
+  labels.append(...["log p", "H(p)", "weight"].map((label) => heading(label, "col")));
+  const values = element("tr");
+  values.append(element("td", number(numbers.logprob[position])),
+    element("td", number(numbers.entropy[position])),
+    element("td", Number(numbers.weight[position].toPrecision(3)).toString()));
+  own.append(labels, values);
   const parts = [head, where, own, numbersTable(numbers, position, context)];
   const tops = element("div", undefined, "tops");
   tops.append(topList("Student, most likely", numbers.topAt(0, position), id));

@@ -8,7 +8,9 @@ function shape(tag, attributes) {
 
 function drawProfile(rollout, numbers, context) {
   const data = index.summary.contexts[index.contexts[context]];
-  const points = data?.profile ?? [];
+  const all = data?.profile ?? [];
+  const most = Math.max(0, ...all.map((p) => p.count));
+  const points = all.filter((p) => 10 * p.count >= most); // as in hsd.credit.profiles.bars
   const caption = byId("profile-caption");
   if (!points.length) {
     byId("profile").replaceChildren();

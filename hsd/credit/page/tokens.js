@@ -30,7 +30,7 @@ function tokenBox(rollout, numbers, from, to, label) {
 function column(kind, rollout, numbers, tau) {
   const outcome = rollout.correct ? "correct" : "failed";
   const name = `${kind} ${rollout.index}, ${outcome}`;
-  const heading = element("h3", undefined, outcome);
+  const heading = element("h3", undefined, `${outcome} ${kind === "peer" ? "peer" : "own"}`);
   heading.append(element("span", rollout.correct ? "✓" : "✗", "mark"),
     ` ${kind === "peer" ? "Peer" : "Rollout"} ${rollout.index} · ${outcome} · ${rollout.n} tokens`
     + (rollout.cut ? ", cut by length" : ""));
@@ -57,7 +57,7 @@ function showPair(columns, tau) {
       pair.append(element("p", `◆ divergence at token ${tau}`, "divergence"));
     }
     boxes.forEach((box, i) => {
-      box.classList.add(i === 0 ? "own" : "peer");
+      box.classList.add(i === 0 ? "own" : "peer", row === 0 ? "shared" : "rest");
       if (!box.children.length) {
         box.removeAttribute("role");
         box.removeAttribute("aria-label");
@@ -85,7 +85,7 @@ function drawStrip(canvas, rollout, numbers, measure, context, longest) {
   const height = canvas.height = 20;
   const paint = canvas.getContext("2d");
   paint.clearRect(0, 0, width, height);
-  const step = width / Math.max(longest, 24);
+  const step = width / Math.max(longest, 16);
   for (let position = 0; position < rollout.n; position++) {
     const value = valueAt(measure, numbers, context, position);
     paint.fillStyle = colourOf(measure, value) || "transparent";
