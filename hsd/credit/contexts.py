@@ -53,9 +53,7 @@ class CreditContexts:
         """The plain prompt."""
         return self._student.student(question)
 
-    def teacher(
-        self, group: CreditGroup, index: int, *, other: str | None
-    ) -> dict[ContextName, list[int]]:
+    def teacher(self, group: CreditGroup, index: int, *, other: str | None) -> dict[str, list[int]]:
         """The prompts of the contexts that give this rollout a teacher.
 
         Args:
@@ -64,7 +62,7 @@ class CreditContexts:
         """
         peer = group.peers[index]
         own = None if peer is None else group.texts[peer]
-        prompts: dict[ContextName, list[int]] = {}
+        prompts: dict[str, list[int]] = {}
         for name, builder in self._builders.items():
             shown = other if name == "other_prompt" else own
             context = builder.teacher(group.question, peer_text=shown)

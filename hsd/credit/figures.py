@@ -180,9 +180,9 @@ def _classes(axes: Any, summary: Summary) -> None:
         if i == 0:
             counts = [context["classes"][kind]["tokens"] for kind in TOKEN_CLASSES]
             tokens = [100 * count / max(1, sum(counts)) for count in counts]
-            where = np.arange(len(TOKEN_CLASSES))
+            places = np.arange(len(TOKEN_CLASSES))
             axes.hlines(
-                tokens, where - 0.45, where + 0.45, color="black", label="share of the tokens"
+                tokens, places - 0.45, places + 0.45, color="black", label="share of the tokens"
             )
     axes.set_xticks(range(len(TOKEN_CLASSES)), TOKEN_CLASSES)
     axes.set(ylabel="% of |A|", title="Credit by class of token, failing rollouts")

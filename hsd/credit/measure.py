@@ -49,7 +49,7 @@ def measure(
                     group=group,
                     index=index,
                     student_prompt=prompt,
-                    teacher_prompts=dict(teacher_prompts),
+                    teacher_prompts=teacher_prompts,
                     weights=weights,
                 )
             )

@@ -53,7 +53,7 @@ class CreditModel:
     ) -> list[Tensor]:
         """Per rollout the (n, D) float32 hidden states that predict its tokens."""
         hidden = response_hidden(self.model, prompts, responses, compute_dtype=self.compute_dtype)
-        return list(hidden.split([len(response) for response in responses]))
+        return list(torch.split(hidden, [len(response) for response in responses]))
 
     def student(
         self, hidden: Sequence[Tensor], responses: Sequence[Sequence[int]]
@@ -118,7 +118,9 @@ class CreditModel:
         ids, logprobs = top_tokens(torch.cat(list(hidden)), self.head, temperature=self.temperature)
         return [
             TopTokens(token_ids=i.cpu().numpy(), logprobs=values.double().cpu().numpy())
-            for i, values in zip(ids.split(lengths), logprobs.split(lengths), strict=True)
+            for i, values in zip(
+                torch.split(ids, lengths), torch.split(logprobs, lengths), strict=True
+            )
         ]
 
 
@@ -126,5 +128,5 @@ def _per_rollout(values: Tensor | None, hidden: Sequence[Tensor]) -> list[Floats
     """(N,) of one statistic as one (n,) float64 per rollout."""
     if values is None:
         raise RuntimeError("the loss left out a statistic whose inputs it was given")
-    parts = values.double().cpu().split([len(rows) for rows in hidden])
+    parts = torch.split(values.double().cpu(), [len(rows) for rows in hidden])
     return [np.asarray(part.numpy(), dtype=np.float64) for part in parts]

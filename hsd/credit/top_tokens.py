@@ -29,7 +29,7 @@ def top_tokens(hidden: Tensor, head: OutputHead, *, temperature: float) -> tuple
     """
     vocab_size = head.weight.shape[0]
     ids, logprobs = [], []
-    for rows in hidden.split(max(1, _CHUNK_BYTES // (4 * vocab_size))):
+    for rows in torch.split(hidden, max(1, _CHUNK_BYTES // (4 * vocab_size))):
         logits = linear(rows, head.weight, head.bias).float() * head.logit_scale  # (n, V)
         if head.logit_softcap is not None:
             logits = head.logit_softcap * torch.tanh(logits / head.logit_softcap)

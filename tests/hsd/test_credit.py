@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from hsd.config import ObjectiveConfig
+from hsd.credit.contexts import CreditContexts, OtherSuccesses
+from hsd.credit.measure import ROLLOUTS_AT_A_TIME, measure
 from hsd.credit.model import CreditModel
+from hsd.credit.source import CreditGroup
 from hsd.data.contexts import ContextBuilder, ContextConfig
 from hsd.data.questions import Question
 from hsd.policy.head import output_head
@@ -230,6 +235,49 @@ def test_the_summary_equals_the_dense_numbers(export: Path, truth: list[dict[str
             np.testing.assert_allclose(found["shares"][0]["share"], inside / whole, **CLOSE)
         kls = [v["contexts"][name]["kl"].mean() for v in truth if name in v["contexts"]]
         np.testing.assert_allclose(found["kl"]["mean"], np.mean(kls), **CLOSE)
+
+
+def test_rollouts_stream(make_model: MakeModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """From groups without end the first rollouts come: nothing waits for, or keeps, all of them."""
+    taken = 0
+
+    def groups() -> Iterator[CreditGroup]:
+        nonlocal taken
+        for taken in itertools.count(1):
+            yield CreditGroup(
+                question=Question(id=str(taken), prompt=f"Draw {taken}.", answer="1"),
+                step=1,
+                token_ids=[(18, 256), (17, 256)],
+                loss_masks=[(True, True)] * 2,
+                finish_reasons=["stop"] * 2,
+                texts=["2", "1"],
+                rewards=[False, True],
+                peers=[1, None],
+            )
+
+    model = make_model()
+    measured = measure(
+        groups(),
+        OtherSuccesses(()),
+        CreditModel(
+            model=model,
+            head=output_head(model),
+            tokenizer=tokenizer,
+            compute_dtype=torch.float32,
+            temperature=1.0,
+            micro_batch_tokens=512,
+        ),
+        CreditContexts(tokenizer, ContextConfig(), ["answer", "other_prompt"]),
+        ObjectiveConfig(window=0),
+        questions=2,
+    )
+    first = list(itertools.islice(measured, 3 * ROLLOUTS_AT_A_TIME))
+    assert taken <= 3 * ROLLOUTS_AT_A_TIME / 2 + 1
+    assert set(first[0].contexts) == {"answer"}  # no other question has come yet
+    assert set(first[2].contexts) == {"answer", "other_prompt"}
+    # a failure counts up to its divergence at token 0, with window 0
+    np.testing.assert_allclose(first[2].weight, [1 / 8, 0])
+    np.testing.assert_allclose(first[3].weight, [1 / 8, 1 / 8])
 
 
 def test_fresh_rollouts_of_a_recipe(
