@@ -52,8 +52,9 @@ def write_figures(folder: Path, summary: Summary) -> None:
 
 
 def _contexts(summary: Summary) -> list[tuple[str, Mapping[str, Any]]]:
-    """Contexts with at least one failing rollout that has a peer."""
-    return [(name, c) for name, c in summary["contexts"].items() if c["profile"]]
+    """Contexts with at least one failing rollout that has a peer, in one order everywhere."""
+    found = summary["contexts"]
+    return [(name, found[name]) for name in COLOURS if name in found and found[name]["profile"]]
 
 
 def _profile(axes: Any, summary: Summary) -> None:
@@ -158,8 +159,8 @@ def _coverage(axes: Any, summary: Summary) -> None:
 def _information(axes: Any, summary: Summary) -> None:
     information = summary["information"]
     rows = [("reward, at most", information["reward_ceiling"] or 0.0, 0.0, "#666666")]
-    for name, context in summary["contexts"].items():
-        kl = context["kl"]
+    for name in [name for name in COLOURS if name in summary["contexts"]]:
+        kl = summary["contexts"][name]["kl"]
         rows.append((LABELS[name], kl["mean"] or 0.0, kl["half_width"] or 0.0, COLOURS[name]))
     entropy = information["entropy"]
     rows.append(("entropy of p", entropy["mean"] or 0.0, entropy["half_width"] or 0.0, "#BBBBBB"))

@@ -81,11 +81,11 @@ function colourTokens(columns, measure, context) {
 
 // A strip of cells, one per token, in one canvas: the rollout at a glance.
 function drawStrip(canvas, rollout, numbers, measure, context, longest) {
-  const width = canvas.width = 720;
+  const width = canvas.width = canvas.clientWidth || 600;
   const height = canvas.height = 20;
   const paint = canvas.getContext("2d");
   paint.clearRect(0, 0, width, height);
-  const step = width / Math.max(longest, 16);
+  const step = (width - 8) / Math.max(longest, 8); // room for a mark at the end
   for (let position = 0; position < rollout.n; position++) {
     const value = valueAt(measure, numbers, context, position);
     paint.fillStyle = colourOf(measure, value) || "transparent";
