@@ -18,7 +18,7 @@ from hsd.credit.figures import write_figures
 from hsd.credit.html import write_page
 from hsd.credit.measure import measure
 from hsd.credit.model import CreditModel
-from hsd.credit.records import read_records, to_json
+from hsd.credit.records import RolloutCredit, read_records, to_json
 from hsd.credit.source import CreditGroup, read_groups, sample_groups
 from hsd.credit.summary import CreditSummary
 from hsd.data.tasks import load_task
@@ -98,9 +98,6 @@ def export(arguments: CreditArguments, console: Console) -> None:
     )
     contexts = CreditContexts(tokenizer, config.context, arguments.contexts)
     groups = _groups(arguments, config, credit_model, contexts)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "credit.jsonl"
-    summary = CreditSummary()
     others = OtherSuccesses(groups() if "other_prompt" in arguments.contexts else ())
     rollouts = measure(
         groups(),
@@ -110,6 +107,22 @@ def export(arguments: CreditArguments, console: Console) -> None:
         config.objective,
         questions=config.rollout.questions_per_step,
     )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    try:
+        summary = _write_records(arguments, rollouts, console)
+    except BaseException:  # half a file would look like a whole one
+        (arguments.out / "credit.jsonl").unlink(missing_ok=True)
+        arguments.out.rmdir()
+        raise
+    _finish(arguments, model_name, credit_model, summary, console)
+
+
+def _write_records(
+    arguments: CreditArguments, rollouts: Iterator[RolloutCredit], console: Console
+) -> CreditSummary:
+    """credit.jsonl, and what its rollouts come to."""
+    summary = CreditSummary()
+    path = arguments.out / "credit.jsonl"
     with path.open("w", encoding="utf-8") as file, console.status("") as status:
         for count, rollout in enumerate(rollouts, start=1):
             file.write(to_json(rollout) + "\n")
@@ -117,7 +130,7 @@ def export(arguments: CreditArguments, console: Console) -> None:
             status.update(f"{count} rollouts")
     if not summary.steps:
         raise ValueError(f"{arguments.source}: found no rollout to look at, expected some")
-    _finish(arguments, model_name, credit_model, summary, console)
+    return summary
 
 
 def _finish(

@@ -150,6 +150,13 @@ def _record(
     contexts: dict[str, ContextCredit],
 ) -> RolloutCredit:
     group, index = task.group, task.index
+    parts = [student.logprob, student.entropy]
+    parts += [part for c in contexts.values() for part in (c.logprob, c.kl, c.entropy)]
+    if not all(np.isfinite(part).all() for part in parts):
+        raise ValueError(
+            f"model: found a log-prob, KL or entropy that is not finite on rollout {index} of "
+            f"question {group.question.id!r:.60}, expected finite ones"
+        )
     return RolloutCredit(
         step=group.step,
         question=group.question.id,

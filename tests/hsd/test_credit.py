@@ -332,3 +332,24 @@ def test_bad_use_is_one_line(
     assert run_hsd("credit", *words) == 2
     error = capsys.readouterr().err
     assert error.startswith("hsd: error: ") and said in error and error.count("\n") == 1
+    assert not (tmp_path / "credit").exists()
+
+
+def test_a_broken_model_is_an_error(
+    tmp_path: Path,
+    make_model: MakeModel,
+    tokenizer: PreTrainedTokenizerFast,
+    run_hsd: RunHsd,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = make_model()
+    model.get_input_embeddings().weight.data[17] = float("nan")
+    model.save_pretrained("broken")
+    tokenizer.save_pretrained("broken")
+    line = '{"prompt": "p", "answer": "2", "token_ids": [17, 18], "correct": true}\n'
+    Path("rollouts.jsonl").write_text(line)
+    assert run_hsd("credit", "rollouts.jsonl", "--model", "broken") == 2
+    assert "that is not finite on rollout 0" in capsys.readouterr().err
+    assert not Path("credit").exists()
