@@ -6,20 +6,19 @@ import dataclasses
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from credit_records import StandInTokenizer, about, make_groups, make_rollout, summarise
+from credit_records import build_page, make_groups, make_rollout
 from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.support.ui import WebDriverWait
 
-from hsd.credit.html import write_page
 from hsd.credit.records import RolloutCredit
 
 FLAGS = (
@@ -33,8 +32,6 @@ FLAGS = (
     "--window-size=1440,900",
 )
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>"
-
-Records = Callable[[], Iterator[RolloutCredit]]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -113,18 +110,6 @@ def browser(_driver: webdriver.Chrome) -> Iterator[Browser]:
     assert browser.said() == []
     assert [url for url in browser.requests() if not url.startswith("file:")] == []
     assert len(browser.run("return performance.getEntriesByType('resource')")) == 0
-
-
-def build_page(path: Path, records: Records, **options: Any) -> Path:
-    write_page(
-        path,
-        records,
-        about=about(),
-        summary=summarise(records()),
-        tokenizer=StandInTokenizer(),  # type: ignore[arg-type]
-        **options,
-    )
-    return path
 
 
 def small_rollouts() -> Iterator[RolloutCredit]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from credit_records import make_groups
+from credit_records import build_page, make_groups, make_rollout
 from selenium.webdriver.common.keys import Keys
 
 HEADING = "return document.querySelector('#pair h3').textContent"
@@ -193,6 +193,15 @@ def test_a_rollout_that_is_a_prefix_of_its_peer(browser: Any, small_page: Path) 
         "return [...document.querySelectorAll('.box.rest')].map((box) => box.textContent)"
     )
     assert texts[0] == "ends here: it is a prefix of the other" and texts[1]
+
+
+def test_a_file_without_any_teacher(browser: Any, tmp_path: Path) -> None:
+    rollout = make_rollout(4, peer=None, correct=True, credits={})
+    browser.open(build_page(tmp_path / "page.html", lambda: iter([rollout])))
+    browser.press("m")
+    assert browser.run("return document.querySelectorAll('.top').length") == 1
+    caption = browser.run("return document.querySelector('#profile-caption').textContent")
+    assert caption == "No failing rollout with a peer has this context."
 
 
 def test_hostile_rollouts_are_shown_and_never_run(browser: Any, small_page: Path) -> None:

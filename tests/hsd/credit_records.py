@@ -6,12 +6,13 @@ import base64
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hsd.credit.html import write_page
 from hsd.credit.records import ContextCredit, Floats, RolloutCredit, TopTokens
 from hsd.credit.summary import CreditSummary
 
@@ -122,6 +123,19 @@ class StandInTokenizer:
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return "".join(WORDS[token_id] for token_id in token_ids)
+
+
+def build_page(path: Path, records: Callable[[], Iterator[RolloutCredit]], **options: Any) -> Path:
+    """Writes the page of made-up rollouts."""
+    write_page(
+        path,
+        records,
+        about=about(),
+        summary=summarise(records()),
+        tokenizer=StandInTokenizer(),  # type: ignore[arg-type]
+        **options,
+    )
+    return path
 
 
 def data_scripts(page: Path) -> dict[str, str]:

@@ -211,8 +211,10 @@ def test_figures_draw_the_numbers_of_the_summary(tmp_path: Path) -> None:
         assert ElementTree.parse(tmp_path / f"{name}.svg").getroot().tag.endswith("svg")
 
 
-def test_figures_of_rollouts_that_all_succeed(tmp_path: Path) -> None:
-    write_figures(tmp_path, summarise(iter([make_rollout(5, correct=True, peer=None)])))
+@pytest.mark.parametrize("contexts", [("answer",), ()])
+def test_figures_of_rollouts_without_a_profile(tmp_path: Path, contexts: tuple[str, ...]) -> None:
+    rollout = make_rollout(5, correct=True, peer=None, contexts=contexts)
+    write_figures(tmp_path, summarise(iter([rollout])))
     assert len(list(tmp_path.iterdir())) == 2 * len(FIGURES)
 
 
