@@ -248,6 +248,18 @@ def test_five_hundred_long_rollouts_open_within_three_seconds(
     assert frames < 50  # milliseconds a frame, on processors that share their time
 
 
+def test_the_rollout_chosen_last_is_shown(browser: Any, large_page: Path) -> None:
+    """Also where one chosen before it takes longer to decode."""
+    browser.open(large_page)
+    browser.run(
+        "const buttons = document.querySelectorAll('.rollouts button');"
+        "buttons[402].click(); buttons[1].click()"
+    )
+    time.sleep(1)
+    assert "question 0.: rollout 1," in browser.run(CHOSEN)
+    assert browser.run(HEADING).startswith("✗ Rollout 1 ")
+
+
 def test_a_large_file_keeps_top_tokens_where_credit_is_largest(
     browser: Any, large_page: Path
 ) -> None:

@@ -80,6 +80,7 @@ def test_shares_pool_rollouts_by_their_credit() -> None:
 def test_floor_and_decay() -> None:
     credit = [0.1] * 100
     credit[50:54] = [2.1, 1.0, 0.35, 0.25]
+    credit[5] = 50.0  # further from tau than the window
     found = profile_of((credit, 50), (credit, 50))
     assert found["floor"] == {
         "count": 2,
