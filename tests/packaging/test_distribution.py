@@ -22,14 +22,16 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import hsd
-from hsd.cli import TRAIN_MODULES
+from hsd.cli import COMMANDS, TRAIN_MODULES
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("hsd", "hsd_kernels")
 MODULES = {
     path.relative_to(ROOT).as_posix() for name in PACKAGES for path in (ROOT / name).rglob("*.py")
 }
-DATA = {"hsd/py.typed", "hsd_kernels/py.typed", "hsd/data/templates.toml"}
+DATA = {"hsd/py.typed", "hsd_kernels/py.typed", "hsd/data/templates.toml"} | {
+    path.relative_to(ROOT).as_posix() for path in (ROOT / "hsd/credit/page").iterdir()
+}
 
 pytestmark = pytest.mark.slow
 
@@ -194,7 +196,7 @@ def test_the_library_imports_beside_torch_alone(environment: Environment) -> Non
 
 @pytest.mark.parametrize("command", [("hsd",), ("python", "-m", "hsd")])
 def test_the_trainer_names_its_extra(environment: Environment, command: tuple[str, ...]) -> None:
-    for name in ("train", "eval"):
+    for name in COMMANDS:
         done = environment.run(*command, name, "recipe.toml")
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.count("\n") == 1

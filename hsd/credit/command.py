@@ -1,0 +1,257 @@
+"""`hsd credit`: from rollouts to credit.jsonl, summary.json, figures and one HTML page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+
+from hsd.config import Config
+from hsd.credit.contexts import ContextName, CreditContexts, OtherSuccesses
+from hsd.credit.figures import write_figures
+from hsd.credit.html import write_page
+from hsd.credit.measure import measure
+from hsd.credit.model import CreditModel
+from hsd.credit.records import RolloutCredit, read_records, to_json
+from hsd.credit.source import CreditGroup, read_groups, sample_groups
+from hsd.credit.summary import CreditSummary
+from hsd.data.tasks import load_task
+from hsd.evaluate import recorded_config
+from hsd.policy.head import output_head
+from hsd.policy.load import load_policy
+from hsd.policy.precision import compute_dtype
+from hsd.recipe import fail, load_recipe, parse_flags
+from hsd.rollout.hf import HfEngine
+from hsd.rollout.protocol import Sampling
+
+Groups = Callable[[], Iterator[CreditGroup]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CreditArguments:
+    """Show which tokens of rollouts a teacher context gives credit to.
+
+    Args:
+        source: a run folder, a rollouts.jsonl, or a recipe whose model samples rollouts of its
+            task now.
+        contexts: what the teacher sees: answer, peer, answer_peer, other_prompt (the answer, and
+            a success of another question), none.
+        out: folder for the results; must not exist or be empty.
+        model: student and teacher, a directory or hub name; default: the run's checkpoint or the
+            recipe's model. A rollouts.jsonl needs it.
+        step: only the rollouts of this training step.
+        groups: only the first groups; a recipe samples as many, 64 by default.
+        compute_dtype: of activations; bfloat16 is faster and adds noise to every number.
+    """
+
+    source: Annotated[Path, tyro.conf.Positional]
+    contexts: tuple[ContextName, ...] = ("answer_peer", "answer")
+    out: Path = Path("credit")
+    model: str | None = None
+    step: int | None = None
+    groups: int | None = None
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+def main(argv: list[str]) -> int:
+    """`hsd credit SOURCE ...`; returns the exit code."""
+    arguments = parse_flags(CreditArguments, argv, prog="hsd credit")
+    console = Console()
+    try:
+        _check(arguments)
+        export(arguments, console)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    return 0
+
+
+def _check(arguments: CreditArguments) -> None:
+    names = arguments.contexts
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"contexts: found {' '.join(names) or 'none'}, expected different names")
+    if arguments.groups is not None and arguments.groups < 1:
+        raise ValueError(f"groups: found {arguments.groups}, expected at least 1")
+    out = arguments.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"out: found {out} in use, expected a new or empty folder")
+
+
+def export(arguments: CreditArguments, console: Console) -> None:
+    """Everything into `arguments.out`."""
+    config, model_name = _config(arguments)
+    model, tokenizer = load_policy(model_name)
+    head = output_head(model)
+    credit_model = CreditModel(
+        model=model.requires_grad_(False),
+        head=head,
+        tokenizer=tokenizer,
+        compute_dtype=compute_dtype(arguments.compute_dtype),
+        temperature=config.rollout.temperature,
+        micro_batch_tokens=config.micro_batch_tokens,
+        max_chunk_bytes=config.objective.max_chunk_bytes,
+    )
+    contexts = CreditContexts(tokenizer, config.context, arguments.contexts)
+    groups = _groups(arguments, config, credit_model, contexts)
+    others = OtherSuccesses(groups() if "other_prompt" in arguments.contexts else ())
+    rollouts = measure(
+        groups(),
+        others,
+        credit_model,
+        contexts,
+        config,
+    )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    try:
+        summary = _write_records(arguments, rollouts, console)
+    except BaseException:  # half a file would look like a whole one
+        (arguments.out / "credit.jsonl").unlink(missing_ok=True)
+        arguments.out.rmdir()
+        raise
+    _finish(arguments, model_name, credit_model, summary, console)
+
+
+def _write_records(
+    arguments: CreditArguments, rollouts: Iterator[RolloutCredit], console: Console
+) -> CreditSummary:
+    """credit.jsonl, and what its rollouts come to."""
+    summary = CreditSummary()
+    path = arguments.out / "credit.jsonl"
+    with path.open("w", encoding="utf-8") as file, console.status("") as status:
+        for count, rollout in enumerate(rollouts, start=1):
+            file.write(to_json(rollout) + "\n")
+            summary.add(rollout)
+            status.update(f"{count} rollouts")
+    if not summary.steps:
+        raise ValueError(f"{arguments.source}: found no rollout to look at, expected some")
+    return summary
+
+
+def _finish(
+    arguments: CreditArguments,
+    model_name: str,
+    credit_model: CreditModel,
+    summary: CreditSummary,
+    console: Console,
+) -> None:
+    about: dict[str, Any] = {
+        "title": arguments.source.name or "credit",
+        "source": str(arguments.source),
+        "model": model_name,
+        "temperature": credit_model.temperature,
+        "compute_dtype": arguments.compute_dtype,
+        "contexts": list(arguments.contexts),
+    }
+    out, numbers = arguments.out, summary.to_dict()
+    (out / "summary.json").write_text(
+        json.dumps({"about": about, **numbers}, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
+    write_figures(out / "figures", numbers)
+    shown = write_page(
+        out / "credit.html",
+        lambda: read_records(out / "credit.jsonl"),
+        about=about,
+        summary=numbers,
+        tokenizer=credit_model.tokenizer,
+    )
+    console.print(
+        f"{numbers['rollouts']} rollouts, {numbers['failed_with_peer']} of them failed with a peer"
+    )
+    if shown < numbers["rollouts"]:
+        console.print(f"[yellow]the page has room for the first {shown} rollouts")
+    for name in ("credit.html", "credit.jsonl", "summary.json", "figures"):
+        console.print(str(out / name), highlight=False)
+
+
+def _config(arguments: CreditArguments) -> tuple[Config, str]:
+    """The configuration that the source comes with, and the model's name."""
+    source = arguments.source
+    if source.is_dir():
+        config = recorded_config(source / "config.json")
+        default: str | None = str(source / "checkpoint")
+        if arguments.model is None and not (source / "checkpoint").is_dir():
+            raise FileNotFoundError(f"{source / 'checkpoint'}: no checkpoint, expected --model")
+    elif source.suffix == ".toml":
+        config = load_recipe(source)
+        default = config.model.name
+    else:
+        config, default = Config(), None
+    model = arguments.model or default
+    if model is None:
+        raise ValueError("model: found none, expected --model beside a file of rollouts")
+    return config, model
+
+
+def _groups(
+    arguments: CreditArguments,
+    config: Config,
+    credit_model: CreditModel,
+    contexts: CreditContexts,
+) -> Groups:
+    """A function that starts over at the first group."""
+    source = arguments.source
+    if source.suffix == ".toml" and not source.is_dir():
+        if arguments.step is not None:
+            raise ValueError("step: found a value, expected recorded rollouts beside it")
+        return _sampler(arguments, config, credit_model, contexts)
+    answers: dict[str, str] = {}
+    if source.is_dir():
+        answers = {question.id: question.answer for question in load_task(config.task).train}
+        source = source / "rollouts.jsonl"
+    answer_needed = bool({"answer", "answer_peer", "other_prompt"} & set(arguments.contexts))
+
+    def groups() -> Iterator[CreditGroup]:
+        found = read_groups(
+            source,
+            credit_model.tokenizer,
+            answers=answers,
+            answer_needed=answer_needed,
+            vocab_size=credit_model.head.weight.shape[0],
+            seed=config.seed,
+            step=arguments.step,
+        )
+        return islice(found, arguments.groups)
+
+    return groups
+
+
+def _sampler(
+    arguments: CreditArguments,
+    config: Config,
+    credit_model: CreditModel,
+    contexts: CreditContexts,
+) -> Groups:
+    """Groups sampled now for questions of the recipe's evaluation split."""
+    task = load_task(config.task)
+    questions = getattr(task, config.evaluation.split)[: arguments.groups or 64]
+    if not questions:
+        raise ValueError(
+            f"evaluation.split: found no question in {config.evaluation.split}, expected some"
+        )
+    rollout = config.rollout
+    engine = HfEngine(
+        credit_model.model,
+        credit_model.tokenizer,
+        compute_dtype=credit_model.compute_dtype,
+        batch_rows=rollout.batch_rows,
+    )
+    sampling = Sampling(
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+    )
+    return lambda: sample_groups(
+        questions,
+        task.verify,
+        engine,
+        credit_model.tokenizer,
+        prompt=contexts.student,
+        sampling=sampling,
+        group_size=rollout.group_size,
+        seed=config.seed,
+    )
