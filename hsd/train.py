@@ -237,17 +237,29 @@ def _measure(trainer: Trainer, step: int, run: RunFolder | None) -> Evaluation:
     return result
 
 
+class UnusableInput(ValueError):
+    """Task, model or run folder cannot be used; the message says why, and nothing was left."""
+
+
 def train(config: Config, world: World, console: Console) -> None:
-    """A whole run: evaluation, steps, evaluation; what it leaves is in its folder."""
+    """A whole run: evaluation, steps, evaluation; what it leaves is in its folder.
+
+    Raises:
+        UnusableInput: before the first evaluation.
+        FloatingPointError: a gradient is not finite; the checkpoint has the last good weights.
+    """
     path = config.run_dir or Path("runs") / "run"
     if config.rollout.top_p < 1:
         console.print("[yellow]rollout.top_p < 1: peers are no exact samples of the policy")
-    run = RunFolder(path, config) if world.is_main else None
+    run = None
     try:
+        run = RunFolder(path, config) if world.is_main else None
         trainer = prepare(config, world, console)
-    except BaseException:
+    except BaseException as error:
         if run:
             run.discard()
+        if isinstance(error, ValueError | OSError):
+            raise UnusableInput(str(error)) from error
         raise
     try:
         _steps(trainer, run, console)
@@ -316,8 +328,11 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         console.print("interrupted")
         return 130
-    except (ValueError, OSError) as error:
+    except UnusableInput as error:
         fail(str(error))
+    except FloatingPointError as error:
+        console.print(f"[red]stopped: {error}; the checkpoint has the last good weights")
+        return 1
     finally:
         leave_world(world)
     return 0

@@ -423,7 +423,7 @@ def test_an_interrupt_before_the_first_evaluation_leaves_nothing(
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_last_good_weights(
-    tmp_path: Path, go: Callable[..., tuple[int, Path]], monkeypatch: pytest.MonkeyPatch
+    go: Callable[..., tuple[int, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = train.accumulate_gradients
 
@@ -433,9 +433,22 @@ def test_a_gradient_that_is_not_finite_leaves_the_last_good_weights(
         return result
 
     monkeypatch.setattr(train, "accumulate_gradients", poisoned)
-    with pytest.raises(FloatingPointError):
+    status, run = go()
+    assert status == 1
+    assert all(value.isfinite().all() for value in weights(run).values())
+
+
+def test_a_fault_in_a_step_keeps_its_traceback(
+    go: Callable[..., tuple[int, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what a user gave becomes a line and exit code 2."""
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(train, "accumulate_gradients", faulty)
+    with pytest.raises(ValueError, match="a bug"):
         go()
-    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
 
 
 def test_questions_come_in_a_seeded_order_epoch_after_epoch() -> None:
