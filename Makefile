@@ -13,11 +13,13 @@ INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check 
 SOURCES = pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-kernels compiled lint format clean
 
 help:
 	@echo 'make demo       train a small language model with the quickstart recipe'
 	@echo 'make test       lint, type-check and test'
+	@echo 'make test-kernels  the whole grid of the Triton kernels, interpreted; takes an hour'
+	@echo 'make compiled   compile every Triton kernel for NVIDIA and AMD; needs no GPU'
 	@echo 'make lint       lint and type-check only'
 	@echo 'make format     format the code and apply the safe fixes of the linter'
 	@echo 'make clean      remove caches and built files; $(VENV) stays'
@@ -32,6 +34,12 @@ demo: $(VENV)/.stamp-demo
 
 test: lint
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+test-kernels: $(VENV)/.stamp-test
+	HSD_FULL_GRID=1 $(VENV)/bin/python -m pytest tests/kernels $(ARGS)
+
+compiled: $(VENV)/.stamp-test
+	$(VENV)/bin/python -m benchmarks.compiled --all $(ARGS)
 
 lint: $(VENV)/.stamp-test
 	$(VENV)/bin/ruff check .
