@@ -13,12 +13,14 @@ INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check 
 SOURCES = pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser lint format clean
+.PHONY: help demo test test-browser test-kernels compiled lint format clean
 
 help:
 	@echo 'make demo       train a small language model with the quickstart recipe'
 	@echo 'make test       lint, type-check and test'
 	@echo 'make test-browser  test the pages of hsd credit in a headless Chromium'
+	@echo 'make test-kernels  the whole grid of the Triton kernels, interpreted; takes an hour'
+	@echo 'make compiled   compile every Triton kernel for NVIDIA and AMD; needs no GPU'
 	@echo 'make lint       lint and type-check only'
 	@echo 'make format     format the code and apply the safe fixes of the linter'
 	@echo 'make clean      remove caches and built files; $(VENV) stays'
@@ -46,6 +48,12 @@ chromium:
 	apt-get update --quiet=2
 	DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes --no-install-recommends \
 		chromium chromium-driver fonts-dejavu-core
+
+test-kernels: $(VENV)/.stamp-test
+	HSD_FULL_GRID=1 $(VENV)/bin/python -m pytest tests/kernels/test_triton_rows.py --timeout 0 $(ARGS)
+
+compiled: $(VENV)/.stamp-test
+	$(VENV)/bin/python -m benchmarks.compiled --all $(ARGS)
 
 lint: $(VENV)/.stamp-test
 	$(VENV)/bin/ruff check .

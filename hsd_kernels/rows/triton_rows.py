@@ -19,8 +19,8 @@ from hsd_kernels.rows.triton_statistics import mixture_kernel, partials_kernel
 from hsd_kernels.rows.triton_tile import PITCH_MULTIPLE, Biases, Known
 from hsd_kernels.statistics import Coefficients
 
-TILE = 4096  # columns; a tile's two sides are 32 registers a thread
-_WARPS = 8
+TILE = 2048  # columns; 16 of each side a thread, so that several programs fit a multiprocessor
+_WARPS = 4
 _ROW_BLOCK = 128  # rows of one sum of column masses
 _NO_BIASES = Biases()
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

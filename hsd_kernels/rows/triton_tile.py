@@ -101,6 +101,8 @@ def _other(
 @triton.jit
 def tile_logits(x, biases, row, columns, pitch, end, SPEC: tl.constexpr, KNOWN: tl.constexpr):
     """Raw student, z, u, z - u, w, z - w of a tile; z in place of what is absent."""
+    TEACHER: tl.constexpr = SPEC.teacher  # Triton 3.6 passes on no string without a name
+    REFERENCE: tl.constexpr = SPEC.reference
     at = row.to(tl.int64) * pitch
     inverse_temperature = tl.load(x.inverse_temperature + row)
     raw = _raw(x.student, biases.student, at, columns, end)
@@ -110,12 +112,12 @@ def tile_logits(x, biases, row, columns, pitch, end, SPEC: tl.constexpr, KNOWN: 
         given = _raw(x.teacher, biases.teacher, at, columns, end)
         own_temperature = tl.load(x.teacher_inverse_temperature + row)
         u, z_minus_u = _other(
-            given, raw, z, own_temperature, x, SPEC, SPEC.teacher, KNOWN.teacher
+            given, raw, z, own_temperature, x, SPEC, TEACHER, KNOWN.teacher
         )  # fmt: skip
     if SPEC.reference != "absent":
         given = _raw(x.reference, biases.reference, at, columns, end)
         w, z_minus_w = _other(
-            given, raw, z, inverse_temperature, x, SPEC, SPEC.reference, KNOWN.reference
+            given, raw, z, inverse_temperature, x, SPEC, REFERENCE, KNOWN.reference
         )
     return raw, z, u, z_minus_u, w, z_minus_w
 

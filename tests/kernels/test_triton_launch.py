@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-
-triton = pytest.importorskip("triton")
-
 import torch
+import triton
 import triton.language as tl
 from kernel_problems import Draw, relative_error
 from torch import Tensor
@@ -193,7 +191,7 @@ STORAGE = {  # of logits and of the gradient
 @pytest.mark.parametrize("name", [*DIVERGENCES, "ref_kl"])
 @pytest.mark.parametrize(("source", "dtype", "out"), STORAGE.values(), ids=STORAGE)
 def test_traffic_is_that_of_the_model(name, source, dtype, out):
-    """Per element: statistics read each side once, jsd twice; the gradient reads and writes once."""
+    """Per element: statistics read each side once, jsd twice; the gradient reads, writes once."""
     draw = Draw((2,), vocab=2 * TILE + 1)
     spec = spec_of(name, source)
     logits = {side: draw.normal(2, draw.vocab) for side in ("student", "teacher", "reference")}
@@ -202,15 +200,15 @@ def test_traffic_is_that_of_the_model(name, source, dtype, out):
     side = 2 * dtype.itemsize * elements
     with counted_traffic() as traffic:
         statistics = rows.statistics()
-    assert traffic.read == pytest.approx(side * (2 if name == "jsd" else 1), rel=0.02)
-    assert traffic.written <= 0.02 * side
+    assert traffic.read == pytest.approx(side * (2 if name == "jsd" else 1), rel=0.05)
+    assert traffic.written <= 0.05 * side
     with counted_traffic() as traffic:
         gradient, _ = rows.gradient(statistics, name, out)
-    assert traffic.read == pytest.approx(side, rel=0.02)
-    assert traffic.written == pytest.approx(out.itemsize * elements, rel=0.02)
+    assert traffic.read == pytest.approx(side, rel=0.05)
+    assert traffic.written == pytest.approx(out.itemsize * elements, rel=0.05)
     with counted_traffic() as traffic:
         triton_rows.column_mass(gradient)
-    assert traffic.read == pytest.approx(out.itemsize * elements, rel=0.02)
+    assert traffic.read == pytest.approx(out.itemsize * elements, rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 
 import pytest
-
-pytest.importorskip("triton")
-
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -41,8 +38,8 @@ def assert_gradient(found: Tensor, expected: Tensor, tolerance: float, floor: fl
     """
     allowed = tolerance + floor * len(found) ** 0.5 / max(expected.norm().item(), 1e-300)
     assert relative_error(found, expected) <= allowed
-    rows_differ = not torch.equal(expected, expected.roll(1, 0))
-    if expected.norm() > 0 and allowed < 0.02:
+    if allowed < 0.02 and expected.norm() > 0:
+        rows_differ = relative_error(expected.roll(1, 0), expected) > 2 * allowed
         for mutate in MUTATIONS[: 3 if rows_differ else 2]:
             assert relative_error(mutate(found), expected) > allowed
 
@@ -157,7 +154,7 @@ def test_generated_rows(problem):
     # Temperature and softcap round logits to fp32 before they are subtracted.
     rounding = 0.0 if exact else 1e-5
     kl = name not in ("lse", "logprob", "entropy")
-    floor = 3e-7 if not kl else 0.0
+    floor = 1e-14 if kl else 3e-7  # of the truth, where sides are identical
     assert_gradient(gradient, expected, GRADIENT if exact else 1e-4, floor + rounding)
     assert_gradient(mass, expected.abs().sum(-1), GRADIENT if exact else 1e-4, floor + rounding)
     torch.testing.assert_close(found, values, rtol=VALUE, atol=1e-5 if kl else 2e-4)

@@ -1,0 +1,314 @@
+"""Compiles the Triton row kernels for GPUs that are not here, and prints what came out.
+
+    python -m benchmarks.compiled [--targets sm_90 gfx942] [--all] [--json FILE]
+
+The kernels are compiled as their launcher would: it is called on small CPU tensors of an odd
+vocabulary, and what it would start is compiled, and measured in the machine code, instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: compile, do not interpret
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from hsd_kernels.rows import RowInputs, RowSpec, triton_rows
+from hsd_kernels.statistics import DIVERGENCES, Coefficients, Row
+
+ROWS, COLUMNS = 4, 1001
+TARGETS = {
+    **{f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100, 120)},
+    **{name: GPUTarget("hip", name, 64) for name in ("gfx942", "gfx950")},
+}
+WARPS_PER_SM = {80: 64, 90: 64, 100: 64, 120: 48}
+SHARED_PER_SM = {80: 164, 90: 228, 100: 228, 120: 100}  # KiB
+STORAGE = {  # of logits and gradient
+    "fp32": (torch.float32, torch.bfloat16),
+    "fp32 all": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp16": (torch.float16, torch.float16),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """One kernel in machine code.
+
+    Attributes:
+        registers: per thread; AMD: vector registers.
+        spilled_bytes: of memory per thread that registers are spilled to.
+        shared_bytes: per program.
+        row_load_bits: widths of loads of 128 bits and more, and how many there are per thread.
+        narrow_loads: loads below 128 bits: values of the whole row, as many for any tile.
+        expected_load_bits: what a thread must load of its row data.
+        instructions: per thread and element, as they stand in the code, which has no loop.
+        occupancy: share of the warps that fit a multiprocessor.
+    """
+
+    target: str
+    kernel: str
+    variant: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    row_load_bits: dict[str, int]
+    narrow_loads: int
+    expected_load_bits: int
+    instructions: float
+    occupancy: float
+
+    @property
+    def faults(self) -> list[str]:
+        """What must not be: spills, and row data that is loaded in less than 128 bits."""
+        loaded = sum(int(width) * count for width, count in self.row_load_bits.items())
+        found = []
+        if self.spilled_bytes:
+            found.append(f"{self.spilled_bytes} bytes spilled")
+        # A pipelined loop has its loads more than once.
+        if loaded == 0 or loaded % self.expected_load_bits:
+            found.append(f"{loaded} of {self.expected_load_bits} bits loaded in 128 bits or more")
+        return found
+
+
+class AbsentDevice:
+    """A device of `target` as far as compilation asks for one."""
+
+    def __init__(self, target: GPUTarget, index: int) -> None:
+        self._target, self._index = target, index
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return self._index  # compiled kernels are kept by it
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def variants(*, everything: bool) -> Iterator[tuple[str, RowSpec, str]]:
+    """Description, specification and storage of what the pipelines may ask for."""
+    if not everything:
+        yield "no teacher", RowSpec(target=True), "fp32"
+        yield "reverse", RowSpec(teacher="logits", reverse_kl=True, target=True), "fp32"
+        capped = RowSpec(teacher="difference", forward_kl=True, softcap=True)
+        yield "forward, softcap", capped, "bf16"
+        largest = RowSpec(teacher="difference", reference="difference", jsd=True, target=True)
+        yield "jsd, reference", largest, "bf16"
+        return
+    teachers = [("absent", ""), *itertools.product(("logits", "difference"), DIVERGENCES)]
+    sources = ("absent", "logits", "difference")
+    choices = itertools.product(teachers, sources, (False, True), (False, True), STORAGE)
+    for (teacher, divergence), reference, softcap, target, storage in choices:
+        wanted = {divergence: True} if divergence else {}
+        same = [True] if teacher != "difference" or softcap else [True, False]
+        for same_temperature in same:
+            spec = RowSpec(
+                teacher=teacher,  # type: ignore[arg-type]
+                reference=reference,  # type: ignore[arg-type]
+                softcap=softcap,
+                target=target,
+                same_temperature=same_temperature,
+                **wanted,
+            )
+            name = ", ".join(
+                part
+                for part in (
+                    f"{teacher} {divergence}".strip(),
+                    f"reference {reference}",
+                    "softcap" * softcap,
+                    "target" * target,
+                    "" if same_temperature else "own temperature",
+                )
+                if part
+            )
+            yield name, spec, storage
+
+
+def compile_variant(spec: RowSpec, storage: str) -> list[tuple[str, Any, int]]:
+    """(kernel, what triton.compile gave, bytes of row data per element) of each launch."""
+    dtype, gradient_dtype = STORAGE[storage]
+    started: list[tuple[str, Any]] = []
+
+    def record(kernel: Any, grid: tuple[int, int], *arguments: Any, **options: Any) -> None:
+        started.append((kernel.__name__, kernel.warmup(*arguments, grid=grid, **options)))
+
+    def buffer(kind: torch.dtype) -> torch.Tensor:
+        return triton_rows.row_buffer(ROWS, COLUMNS, dtype=kind, device=torch.device("cpu"))
+
+    one, number = torch.ones(ROWS), torch.tensor(0.5)
+    x = RowInputs(
+        student=buffer(dtype),
+        teacher=None if spec.teacher == "absent" else buffer(dtype),
+        reference=None if spec.reference == "absent" else buffer(dtype),
+        targets=torch.zeros(ROWS, dtype=torch.int64) if spec.target else None,
+        inverse_temperature=one,
+        teacher_inverse_temperature=one,
+        logit_scale=number,
+        softcap=number,
+        jsd_beta=number,
+        jsd_complement=number,
+    )
+    statistics, out = torch.zeros(len(Row), ROWS), buffer(gradient_dtype)
+    launch, triton_rows.launch = triton_rows.launch, record
+    try:
+        triton_rows.row_partials(spec, x)
+        if spec.jsd:
+            triton_rows.row_mixture(spec, x, statistics)
+        triton_rows.row_grad(spec, x, statistics, Coefficients(*[one] * 7), out)
+        triton_rows.column_mass(out)
+    finally:
+        triton_rows.launch = launch
+    sides = 1 + (spec.teacher != "absent") + (spec.reference != "absent")
+    per_element = {"column_mass_kernel": gradient_dtype.itemsize}
+    mixture = dtype.itemsize * 2  # it needs no reference
+    per_element |= {"mixture_kernel": mixture}
+    return [(n, c, per_element.get(n, dtype.itemsize * sides)) for n, c in started]
+
+
+def measure(target: str, kernel: str, variant: str, compiled: Any, row_bytes: int) -> Compiled:
+    gpu = TARGETS[target]
+    threads = compiled.metadata.num_warps * gpu.warp_size
+    # The mass of columns is summed over steps of 8 rows of 512 columns.
+    elements = (8 * 512 if kernel == "column_mass_kernel" else triton_rows.TILE) // threads
+    read = _read_sass if gpu.backend == "cuda" else _read_amdgcn
+    registers, spilled, loads, instructions = read(compiled)
+    shared = compiled.metadata.shared
+    return Compiled(
+        target=target,
+        kernel=kernel.removesuffix("_kernel"),
+        variant=variant,
+        registers=registers,
+        spilled_bytes=spilled,
+        shared_bytes=shared,
+        row_load_bits={str(w): n for w, n in sorted(loads.items()) if w >= 128},
+        narrow_loads=sum(n for w, n in loads.items() if w < 128),
+        expected_load_bits=8 * row_bytes * elements,
+        instructions=round(instructions / elements, 1),
+        occupancy=_occupancy(gpu, registers, shared, compiled.metadata.num_warps),
+    )
+
+
+def _read_sass(compiled: Any) -> tuple[int, int, Counter[int], int]:
+    """Registers, spilled bytes, loads by width in bits, and instructions."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(compiled.asm["cubin"])
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage = _output(tool, "-res-usage", path)
+        sass = _output(tool, "-sass", path)
+    (registers,) = re.findall(r"REG:(\d+)", usage)
+    spilled = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass)
+    spilled += 4 * sum(code.startswith(("LDL", "STL")) for code in opcodes)
+    loads: Counter[int] = Counter()
+    for code in opcodes:
+        if code.startswith("LDG"):
+            loads[int((re.findall(r"\.(256|128|64)", code) or ["32"])[0])] += 1
+    return int(registers), spilled, loads, sum(code not in ("NOP", "EXIT") for code in opcodes)
+
+
+def _read_amdgcn(compiled: Any) -> tuple[int, int, Counter[int], int]:
+    """As `_read_sass`."""
+    code = compiled.asm["amdgcn"]
+
+    def value(name: str) -> int:
+        return max(int(n) for n in re.findall(rf"\.{name}:\s+(\d+)", code))
+
+    spilled = value("private_segment_fixed_size")
+    spilled += 4 * (value("vgpr_spill_count") + value("sgpr_spill_count"))
+    opcodes = re.findall(r"^\t([a-z]+_\w+)", code, flags=re.MULTILINE)
+    loads: Counter[int] = Counter()
+    for match in re.finditer(r"^\t(?:global|buffer)_load_(\w+)", code, flags=re.MULTILINE):
+        width = re.fullmatch(r"dword(?:x(\d+))?", match[1])
+        loads[32 * int(width[1] or 1) if width else 16] += 1
+    return value("vgpr_count"), spilled, loads, len(opcodes)
+
+
+def _output(*command: Any) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _occupancy(gpu: GPUTarget, registers: int, shared: int, warps: int) -> float:
+    if gpu.backend == "hip":  # 512 vector registers a lane of each of 4 SIMDs, 8 waves at most
+        return round(min(8, 512 // (-(-registers // 8) * 8)) / 8, 2)
+    most = WARPS_PER_SM[gpu.arch]
+    by_registers = 65_536 // (-(-registers * 32 // 256) * 256 * warps)
+    by_shared = SHARED_PER_SM[gpu.arch] * 1024 // (shared + 1024)
+    return round(min(by_registers, by_shared, most // warps) * warps / most, 2)
+
+
+def compile_all(targets: list[str], *, everything: bool) -> list[Compiled]:
+    found, seen = [], set()
+    for index, target in enumerate(targets):
+        driver.set_active(AbsentDevice(TARGETS[target], index))
+        for name, spec, storage in variants(everything=everything):
+            for kernel, compiled, row_bytes in compile_variant(spec, storage):
+                if (target, compiled.hash) not in seen:
+                    seen.add((target, compiled.hash))
+                    variant = f"{name}; {storage}"
+                    found.append(measure(target, kernel, variant, compiled, row_bytes))
+    return found
+
+
+def table(found: list[Compiled]) -> Table:
+    heads = (
+        "target", "kernel", "variant", "registers", "spilled B", "shared B", "row loads, bits",
+        "other loads", "instructions / element", "occupancy", "faults",
+    )  # fmt: skip
+    result = Table(*heads, title=f"triton {triton.__version__}, tiles of {triton_rows.TILE}")
+    for each in found:
+        loads = ", ".join(f"{count} x {width}" for width, count in each.row_load_bits.items())
+        result.add_row(
+            each.target,
+            each.kernel,
+            each.variant,
+            *(str(n) for n in (each.registers, each.spilled_bytes, each.shared_bytes)),
+            loads,
+            str(each.narrow_loads),
+            f"{each.instructions:.1f}",
+            f"{each.occupancy:.0%}",
+            "; ".join(each.faults),
+        )
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--all", action="store_true", help="every variant, not a selection")
+    parser.add_argument("--json", type=Path, help="file to write the table to")
+    arguments = parser.parse_args()
+    found = compile_all(arguments.targets, everything=arguments.all)
+    Console(width=200).print(table(found))
+    if arguments.json:
+        records = [asdict(each) | {"faults": each.faults} for each in found]
+        content = {"triton": triton.__version__, "kernels": records}
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if any(each.faults for each in found):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
