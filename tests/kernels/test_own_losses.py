@@ -104,6 +104,27 @@ def test_a_loss_of_ones_own(own_heads, backend):
     assert out.stats.kl is None
 
 
+def gated_kl(statistics, inputs):
+    """The README's."""
+    ratio = torch.exp(statistics["logprob"] - inputs["old_logprob"]).clamp(max=2.0)
+    return ratio.detach() * torch.sigmoid(statistics["entropy"]) * statistics["forward_kl"]
+
+
+@pytest.mark.gradient
+def test_the_gated_kl_of_the_readme():
+    given, exact = problem(), problem(dtype=torch.float64)
+    old = Draw((3, 4), seed=1).per_token(-6, -2)
+    dense = leaves(exact)
+    gated_kl(dense_statistics(exact, dense), {"old_logprob": old}).mean().backward()
+    own = leaves(given)
+    out = fused_token_loss(
+        **{**given, **own}, token_loss=gated_kl, token_inputs={"old_logprob": old.float()}
+    )
+    out.loss.backward()
+    for name in LEARNED:
+        assert relative_error(own[name].grad, dense[name].grad) <= 1e-4, name
+
+
 @pytest.mark.gradient
 @pytest.mark.parametrize("own_heads", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("masked", [False, True], ids=["all rows", "masked"])
