@@ -6,16 +6,17 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hsd import train
+from hsd import train, trainer
+from hsd.data.questions import question_stream
 from hsd.metrics import JsonLines, read_json_lines
 from hsd.recipe import config_from_dict, parse_arguments
-from hsd.train import question_stream
 
 MakeRecipe = Callable[..., Path]
 RunHsd = Callable[..., int]
@@ -359,9 +360,11 @@ def test_an_empty_folder_is_used(tmp_path: Path, go: Callable[..., tuple[int, Pa
     assert go("--steps", 0, "--warmup.steps", 0)[0] == 0
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
-    """Ctrl-C in the given call, from 1, of a function of hsd.train."""
-    calls, original = 0, getattr(train, name)
+def interrupt_at(
+    monkeypatch: pytest.MonkeyPatch, name: str, call: int, *, module: ModuleType = train
+) -> None:
+    """Ctrl-C in the given call, from 1, of a function that a module uses."""
+    calls, original = 0, getattr(module, name)
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -370,7 +373,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(train, name, interrupted)
+    monkeypatch.setattr(module, name, interrupted)
 
 
 @pytest.mark.parametrize(
@@ -416,7 +419,7 @@ def test_an_interrupted_run_holds_the_weights_of_its_last_whole_step(
 def test_an_interrupt_before_the_first_evaluation_leaves_nothing(
     go: Callable[..., tuple[int, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupt_at(monkeypatch, "warm_up", 1)
+    interrupt_at(monkeypatch, "warm_up", 1, module=trainer)
     status, run = go()
     assert status == 130
     assert not run.exists()
