@@ -21,6 +21,7 @@ from rich.console import Console
 from hsd.config import Config
 from hsd.data.questions import Question, question_stream
 from hsd.data.verify import Outcome
+from hsd.distributed.fsdp import is_sharded
 from hsd.distributed.process import World, join_world, leave_world
 from hsd.evaluate import accuracy_table, evaluate
 from hsd.metrics import StepProgress, sample_table
@@ -58,7 +59,8 @@ def update(
         temperature=config.rollout.temperature,
         step=step,
     )
-    trainer.world.sum_gradients(model.parameters())
+    if not is_sharded(model):  # the backward of a sharded one has summed them
+        trainer.world.sum_gradients(model.parameters())
     norm = clipped_step(
         trainer.optimizer,
         model.parameters(),

@@ -8,6 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hsd.distributed.fsdp import (
+    gathered_heads,
+    head_gradient,
+    is_sharded,
+    largest_count,
+    synchronise_head,
+)
 from hsd.objective.config import ObjectiveConfig
 from hsd.objective.schedule import value_at
 from hsd.objective.token_loss import (
@@ -38,6 +45,11 @@ SUMS = (
 )
 """What `accumulate_gradients` sums: per-token means come from dividing by weights or tokens."""
 
+_IDLE = TrainingRow(
+    student_prompt=(0,), teacher_prompt=(0,), response=(0,), weights=(0.0,), logprobs=(0.0,)
+)
+"""A batch of it goes through the models like any other, and its loss and gradient are zero."""
+
 
 def accumulate_gradients(
     policy: Policy,
@@ -65,10 +77,17 @@ def accumulate_gradients(
     total = torch.zeros(len(SUMS), dtype=torch.float64)
     largest_gap = 0.0
     distinct = without_idle_ends(merge_equal(rows))
-    for batch in micro_batches(distinct, token_budget=micro_batch_tokens):
-        sums, gap = _micro_batch(policy, batch, objective, temperature, step)
-        total += sums
-        largest_gap = max(largest_gap, gap)
+    batches = micro_batches(distinct, token_budget=micro_batch_tokens)
+    if is_sharded(policy.model):
+        # Every layer is gathered by all ranks together: none may run one batch less.
+        batches += [[_IDLE]] * (largest_count(len(batches)) - len(batches))
+    with gathered_heads(policy.model, policy.teacher, policy.initial):
+        for position, batch in enumerate(batches, start=1):
+            if position == len(batches):
+                synchronise_head(policy.model)
+            sums, gap = _micro_batch(policy, batch, objective, temperature, step)
+            total += sums
+            largest_gap = max(largest_gap, gap)
     return total, largest_gap
 
 
@@ -125,6 +144,7 @@ def _micro_batch(
         student_hidden,  # (N, D)
         weight=head.weight,  # (V, D)
         bias=head.bias,
+        weight_grad_out=head_gradient(policy.model),
         ref_coef=value_at(objective.ref_coef, step),
         **others,
         **common,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hsd.distributed.fsdp import local_part
 from hsd.objective.config import ObjectiveConfig
 from hsd.policy.head import OutputHead, output_head
 
@@ -66,9 +67,9 @@ def after_update(policy: Policy, objective: ObjectiveConfig, *, updates: int) ->
 
 @torch.no_grad()
 def move_toward(average: PreTrainedModel, model: PreTrainedModel, *, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * model, in place."""
+    """average <- decay * average + (1 - decay) * model, in place; shard by shard if sharded."""
     for old, new in zip(average.parameters(), model.parameters(), strict=True):
-        old.lerp_(new, 1.0 - decay)
+        local_part(old).lerp_(local_part(new), 1.0 - decay)
 
 
 def _refreshed(objective: ObjectiveConfig) -> bool:
