@@ -202,6 +202,13 @@ class Config:
             rounds == 1 or filtered,
             "1 without objective.group_filter",
         )
+        steps = self.warmup.steps
+        require(
+            "warmup.steps",
+            steps,
+            steps == 0 or self.sharding.mode == "none",
+            "0 with sharding.mode 'full': every rank would hold the whole model",
+        )
         updates, questions = self.optimizer.updates_per_step, rollout.questions_per_step
         require(
             "optimizer.updates_per_step",

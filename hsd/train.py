@@ -256,7 +256,7 @@ def main(argv: list[str]) -> int:
         console.print(f"[red]stopped: {error}; the checkpoint has the last good weights")
         return 1
     finally:
-        leave_world(world)
+        leave_world()
     return 0
 
 

@@ -99,16 +99,15 @@ def _micro_batch(
     step: int,
 ) -> tuple[Tensor, float]:
     student_hidden, others = _hidden_states(policy, batch)
-    weights = torch.tensor([weight for row in batch for weight in row.weights])
-    engine = torch.tensor([value for row in batch for value in row.logprobs])
-    taught = torch.tensor([each for row in batch for each in _distilled(policy, row)])
+    device = student_hidden.device
+    weights = torch.tensor([w for row in batch for w in row.weights], device=device)
+    engine = torch.tensor([value for row in batch for value in row.logprobs], device=device)
+    taught = torch.tensor([t for row in batch for t in _distilled(policy, row)], device=device)
     lengths = [len(row.response) for row in batch]
-    advantages = torch.repeat_interleave(
-        torch.tensor([row.advantage for row in batch]), torch.tensor(lengths)
-    )
+    advantages = torch.tensor([row.advantage for row in batch for _ in row.response], device=device)
     head = policy.head
     common: dict[str, Any] = {
-        "targets": torch.tensor([token for row in batch for token in row.response]),
+        "targets": torch.tensor([t for row in batch for t in row.response], device=device),
         "token_weights": weights,
         "logit_scale": head.logit_scale,
         "logit_softcap": head.logit_softcap,
@@ -179,7 +178,7 @@ def _micro_batch(
             clipped[computed].double().sum(),
         ]
     )
-    return sums, float(gap.max()) if len(gap) else 0.0
+    return sums.cpu(), float(gap.max()) if len(gap) else 0.0
 
 
 def _distilled(policy: Policy, row: TrainingRow) -> Sequence[bool]:
@@ -249,7 +248,7 @@ def _log_probs(
         teacher_hidden,  # (N, D)
         policy.head.weight,  # (V, D)
         bias=policy.head.bias,
-        advantages=torch.zeros(len(student_hidden)),
+        advantages=torch.zeros(len(student_hidden), device=student_hidden.device),
         **common,
         **_teacher_head(policy),
     ).stats
@@ -259,7 +258,7 @@ def _log_probs(
 def _weighted_sum(weights: Tensor, values: Tensor | None, chosen: Tensor) -> Tensor:
     """The sum over chosen tokens, float64; 0 for a statistic that was not asked for."""
     if values is None:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device=weights.device)
     return (weights[chosen] * values[chosen]).double().sum()
 
 

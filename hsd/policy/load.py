@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -46,6 +47,25 @@ def load_policy(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model.name: found {name!r} without an eos token, expected one")
     return model.eval(), tokenizer
+
+
+def policy_directory(name: str) -> Path:
+    """The directory of a model's files; one of the hub is fetched into its cache.
+
+    Raises:
+        ValueError: no such model.
+    """
+    if name in SHIPPED:
+        return _shipped(name)
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"model.name: found {name!r}, expected a directory or a name of the hub ({reason})"
+        ) from None
 
 
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

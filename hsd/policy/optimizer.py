@@ -11,11 +11,19 @@ from torch.distributed.tensor import DTensor
 
 from hsd.config import OptimizerConfig
 from hsd.distributed.fsdp import local_part
+from hsd.policy.offload import HostAdamW
 
 
-def adamw(parameters: Iterable[torch.nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
-    """The paper's: betas .9 and .95, eps 1e-8, no weight decay."""
-    return torch.optim.AdamW(
+def adamw(
+    parameters: Iterable[torch.nn.Parameter], learning_rate: float, *, on_host: bool = False
+) -> torch.optim.AdamW:
+    """The paper's: betas .9 and .95, eps 1e-8, no weight decay.
+
+    Args:
+        on_host: states in host memory, and the step there.
+    """
+    kind = HostAdamW if on_host else torch.optim.AdamW
+    return kind(
         parameters, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True
     )
 
