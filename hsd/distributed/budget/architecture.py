@@ -38,11 +38,11 @@ def load_architecture(name: str) -> PreTrainedConfig:
         ) from None
 
 
-def empty_model(architecture: PreTrainedConfig) -> PreTrainedModel:
-    """The model with float32 weights on the meta device, dropout off."""
+def empty_model(architecture: PreTrainedConfig, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with weights of a dtype on the meta device, dropout off."""
     causal: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        model: PreTrainedModel = causal.from_config(architecture, dtype=torch.float32)
+        model: PreTrainedModel = causal.from_config(architecture, dtype=dtype)
     return model.eval()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -12,22 +12,25 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import transformers.masking_utils
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from hsd import train
+from hsd import train, trainer
 from hsd.config import Config
 from hsd.distributed.budget import tracker as kinds
 from hsd.distributed.budget.architecture import empty_model
 from hsd.distributed.budget.losses import chunk_loop_loss, naive_loss
 from hsd.distributed.budget.tracker import Phase, StepTracker, watching_resizes
+from hsd.distributed.config import ShardingConfig
 from hsd.distributed.fsdp import shard_policy
 from hsd.distributed.process import World
 from hsd.objective import step
 from hsd.policy.optimizer import adamw
 from hsd.policy.packing import TrainingRow
 from hsd.policy.precision import compute_dtype
-from hsd.policy.teachers import Policy, make_policy
+from hsd.policy.teachers import Policy
+from hsd_kernels import plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -109,11 +112,11 @@ def simulate(scenario: Scenario) -> Simulation:
         stack.callback(tracker.close)
         mesh = init_device_mesh("cpu", (scenario.world_size,))  # reads values: no fake tensors yet
         stack.enter_context(tracker)
-        trainer = _trainer(scenario, tracker, mesh)
-        stack.enter_context(_phases(scenario, trainer, tracker))
-        _update(scenario, trainer)
+        parts = _trainer(scenario, tracker, mesh)
+        stack.enter_context(_phases(scenario, parts, tracker))
+        _update(scenario, parts, micro_batches=1)
         tracker.phases.clear()
-        _update(scenario, trainer)
+        _update(scenario, parts, micro_batches=MICRO_BATCHES)
         tracker.enter("between updates", kinds.ACTIVATIONS)
         tracker.settle()
         return Simulation(
@@ -139,10 +142,10 @@ def _fake_world(size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _update(scenario: Scenario, trainer: Any) -> None:
-    rows = [_row(scenario, number) for number in range(MICRO_BATCHES * scenario.sequences)]
+def _update(scenario: Scenario, parts: Any, *, micro_batches: int) -> None:
+    rows = [_row(scenario, number) for number in range(micro_batches * scenario.sequences)]
     judged: Any = [(None, [SimpleNamespace(row=row) for row in rows])]
-    train.update(trainer, judged, 0)
+    train.update(parts, judged, 0)
 
 
 def _row(scenario: Scenario, number: int) -> TrainingRow:
@@ -165,34 +168,73 @@ def _trainer(scenario: Scenario, tracker: StepTracker, mesh: DeviceMesh) -> Any:
     return SimpleNamespace(
         config=config,
         policy=policy,
-        optimizer=adamw(policy.model.parameters(), config.optimizer.learning_rate),
+        optimizer=adamw(
+            policy.model.parameters(),
+            config.optimizer.learning_rate,
+            on_host=config.sharding.offload == "optimizer",
+        ),
         world=World(rank=0, size=scenario.world_size),
     )
 
 
 def _policy(scenario: Scenario, tracker: StepTracker, mesh: DeviceMesh) -> Policy:
-    config, sharding = scenario.config, scenario.config.sharding
+    """The trainer's own, from an architecture in the place of files."""
+    config, architecture = scenario.config, scenario.architecture
     # What "auto" means on the machine that is simulated, not on this one.
     auto = scenario.backend == "triton" and config.model.compute_dtype == "auto"
     dtype = torch.bfloat16 if auto else compute_dtype(config.model.compute_dtype)
-    policy = make_policy(
-        empty_model(scenario.architecture), config.objective, compute_dtype=dtype
-    )
+
+    def load(
+        _directory: object,
+        sharding: ShardingConfig,
+        mesh: DeviceMesh,
+        *,
+        compute_dtype: torch.dtype,
+        frozen: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> PreTrainedModel:
+        model = empty_model(architecture, dtype=dtype)
+        shard_policy(model, sharding, mesh, compute_dtype=compute_dtype, frozen=frozen)
+        return _allocated(model)
+
+    whole: Any = None
+    if config.sharding.mode == "none":
+        whole = _allocated(empty_model(architecture, dtype=torch.float32))
+    with mock.patch.multiple(
+        trainer, load_sharded=load, policy_directory=_no, sharding_mesh=lambda: mesh
+    ):
+        policy = trainer._policy(config, whole, dtype)
     for model in _models(policy):
-        own = model is policy.model
-        if sharding.mode == "full":
-            shard_policy(model, sharding, mesh, compute_dtype=dtype, frozen=not own)
-        model.to_empty(device="cpu")
+        own, sharding = model is policy.model, config.sharding
         in_host_memory = sharding.offload == "all" if own else sharding.offload_reference
         kind = kinds.PARAMETERS if own else kinds.REFERENCE
         tracker.mark(list(model.parameters()), kind, on_host=in_host_memory)
     return policy
 
 
+def _allocated(model: PreTrainedModel) -> PreTrainedModel:
+    """With weights of no value in the place of those on the meta device."""
+    return model.to_empty(device="cpu")
+
+
+def _loss_flop(student_hidden: Tensor, arguments: Mapping[str, Any]) -> float:
+    """Of the matrix products inside the fused loss."""
+    rows, hidden_size = student_hidden.shape
+    vocab_size = len(arguments["weight"])
+    products = plan(
+        rows,
+        hidden_size,
+        vocab_size,
+        teacher=arguments["teacher_hidden"] is not None,
+        reference=arguments["ref_hidden"] is not None,
+    ).gemms
+    return products * 2 * rows * hidden_size * vocab_size
+
+
 @contextmanager
-def _phases(scenario: Scenario, trainer: Any, tracker: StepTracker) -> Iterator[None]:
+def _phases(scenario: Scenario, parts: Any, tracker: StepTracker) -> Iterator[None]:
     """Tells the tracker when the update turns to something else."""
-    policy, optimizer = trainer.policy, trainer.optimizer
+    policy, optimizer = parts.policy, parts.optimizer
     offload = scenario.config.sharding.offload
     names = {id(policy.initial): "reference forward", id(policy.teacher): "teacher forward"}
 
@@ -207,6 +249,8 @@ def _phases(scenario: Scenario, trainer: Any, tracker: StepTracker) -> Iterator[
         tracker.enter("loss", kinds.LOSS)
         tracker.mark(arguments.get("weight_grad_out"), kinds.UNSHARDED)
         found = _LOSSES[scenario.loss](*args, **arguments)
+        if scenario.loss == "fused":
+            tracker.add_flop(_loss_flop(args[0], arguments))
         tracker.enter("backward", kinds.ACTIVATIONS)
         return found
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
 
@@ -42,6 +42,7 @@ KINDS = (
     LOSS,
     WORKSPACE,
 )
+_LASTING = (PARAMETERS, GRADIENTS, OPTIMIZER, REFERENCE)
 
 
 @dataclass(eq=False)
@@ -114,6 +115,10 @@ class StepTracker(FakeTensorMode):
         self._kind = kind
         self._pending = True
         self._phase.peak = self.current
+
+    def add_flop(self, flop: float) -> None:
+        """What a custom op does inside."""
+        self._phase.flop += flop
 
     def close(self) -> None:
         """Ends the last phase, and follows no storage any more."""
@@ -205,17 +210,23 @@ class StepTracker(FakeTensorMode):
             self._see_collective(func, args)
         elif func.namespace == "fsdp":
             # Buffers of the collectives, and whole gradients on their way into one.
-            self.mark((args, result), UNSHARDED)
+            self._mark_buffers((args, result))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._register(_storage(tensor))
-        formula = flop_registry.get(getattr(func, "overloadpacket", None))
-        if formula is not None:
-            self._phase.flop += formula(*args, **kwargs, out_val=result)
+        self._phase.flop += _flop(func, args, kwargs, result)
+
+    def _mark_buffers(self, tensors: Any) -> None:
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, Tensor):
+                allocation = self._register(_storage(tensor))
+                if allocation.kind not in _LASTING:  # a shard may go into a collective as it is
+                    allocation.kind = UNSHARDED
 
     def _see_collective(self, func: Any, args: Any) -> None:
         name = func.overloadpacket.__name__.strip("_").replace("_base", "")
         tensors = [each for each in tree_leaves(args) if isinstance(each, Tensor)]
+        self._mark_buffers(tensors)
         self._phase.collectives[name] += 1
         self._phase.traffic[name] += max((each.nbytes for each in tensors), default=0)
 
@@ -262,6 +273,21 @@ class StepTracker(FakeTensorMode):
         """Follows `storage.resize_`, which no dispatch shows; it is what FSDP2 frees weights by."""
         if id(storage) in self._found:
             self._register(storage).kind = UNSHARDED
+
+
+def _flop(func: Any, args: Any, kwargs: Any, result: Any) -> float:
+    """Of a matrix product, or of attention: what its mask cuts off does not count."""
+    if func is aten._scaled_dot_product_flash_attention_for_cpu.default:
+        query, key, value, *rest = args
+        whole = sdpa_flop_count(query.shape, key.shape, value.shape)
+        causal = rest[1] if len(rest) > 1 else kwargs.get("is_causal", False)
+        return whole / 2 if causal else whole
+    if func is aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+        gradient, query, key, value, *rest = args
+        whole = sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape)
+        return whole / 2 if rest[3] else whole
+    formula = flop_registry.get(getattr(func, "overloadpacket", None))
+    return 0.0 if formula is None else float(formula(*args, **kwargs, out_val=result))
 
 
 def _is_mask(index: Any) -> bool:
