@@ -75,6 +75,12 @@ class Scenario:
         longest = self.prompt_tokens + self.context_tokens + self.response_tokens
         return max(1, self.config.micro_batch_tokens // longest)
 
+    @property
+    def parameters(self) -> int:
+        """Of the model."""
+        model = empty_model(self.architecture, dtype=torch.bfloat16)
+        return sum(parameter.numel() for parameter in model.parameters())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Simulation:

@@ -27,10 +27,10 @@ aten = torch.ops.aten
 PARAMETERS = "parameters"
 GRADIENTS = "gradients"
 OPTIMIZER = "optimiser state"
-REFERENCE = "reference and teacher"
+REFERENCE = "reference, teacher"
 ACTIVATIONS = "activations"
 LOSS = "loss workspace"
-UNSHARDED = "unsharded weights and gradients"
+UNSHARDED = "unsharded"
 WORKSPACE = "optimiser workspace"
 KINDS = (
     PARAMETERS,
