@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from sharded_steps import run_steps
 from sharding_cases import ALL, EQUAL, ROUNDED, WRONG, Case, rows_of_steps
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from hsd.distributed.process import World
+from hsd.metrics import read_json_lines
 from hsd.policy.teachers import make_policy
 
 pytestmark = pytest.mark.slow
@@ -101,3 +103,24 @@ def test_the_gradient_of_a_head_in_bfloat16_is_not_rounded(
     # One rank has all rows in several micro-batches; rounded, its sums were those of few numbers.
     head = found[-260 * 32 :] if name == "bfloat16-llama" else found[: 260 * 32]
     assert (head != head.bfloat16().float()).float().mean() > 0.9
+
+
+def test_a_sharded_run_is_that_of_one_process_and_leaves_a_whole_checkpoint(
+    tmp_path: Path, make_recipe: Callable[..., Path], run_hsd: Callable[..., int]
+) -> None:
+    recipe = make_recipe(tmp_path / "recipe", {"warmup": {"steps": 0}, "checkpoint_every": 2})
+    one, two = tmp_path / "one", tmp_path / "two"
+    sharded = ("--sharding.mode", "full", "--sharding.activation-checkpointing")
+    done = launch("-m", "hsd.train", recipe, "--run-dir", two, *sharded, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    assert run_hsd("train", recipe, "--run-dir", one) == 0
+    metrics = [read_json_lines(run / "metrics.jsonl") for run in (one, two)]
+    for key in ("loss", "kl", "ref_kl", "entropy", "grad_norm"):
+        mine, theirs = ([r[key] for r in records if r["kind"] == "step"] for records in metrics)
+        assert theirs == pytest.approx(mine, rel=1e-4, abs=1e-7), key
+    mine, theirs = (
+        AutoModelForCausalLM.from_pretrained(run / "checkpoint").state_dict() for run in (one, two)
+    )
+    assert mine.keys() == theirs.keys()
+    for name, weight in mine.items():
+        assert (theirs[name] - weight).norm() <= 1e-5 * weight.norm(), name
