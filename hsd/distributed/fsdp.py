@@ -148,6 +148,15 @@ def full_parameters(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole
 
 
+def whole_weights(model: torch.nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """The whole state in host memory, by name, where it is kept; every rank must take part."""
+    weights = {name: whole.cpu() for name, whole in full_parameters(model) if keep}
+    if keep:
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        weights |= {k: v for k, v in model.state_dict().items() if k not in parameters}
+    return weights
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: a view of its shard, or the whole."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -68,11 +68,20 @@ def policy_directory(name: str) -> Path:
         ) from None
 
 
-def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """A directory for from_pretrained (safetensors), written whole or not at all."""
+def save_policy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """A directory for from_pretrained (safetensors), written whole or not at all.
+
+    Args:
+        weights: instead of the model's own, by name.
+    """
 
     def write(directory: Path) -> None:
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, state_dict=weights)
         tokenizer.save_pretrained(directory)
 
     write_directory(path, write)
