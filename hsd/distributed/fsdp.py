@@ -55,7 +55,7 @@ def shard_policy(
         compute_dtype: of gathered weights and of activations; gradients are summed in float32.
         frozen: a reference or a teacher, which needs no gradient.
     """
-    model.requires_grad_(not frozen)
+    sharded: Any = model.requires_grad_(not frozen)
     if config.compile_layers:
         compile_layers(model)
     if config.activation_checkpointing and not frozen:
@@ -72,7 +72,7 @@ def shard_policy(
     }
     for layer in decoder_layers(model):
         fully_shard(layer, reshard_after_forward=True, **options)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = sharded.get_input_embeddings(), sharded.get_output_embeddings()
     tied = embedding.weight is head.weight
     fully_shard([embedding, head] if tied else head, reshard_after_forward=False, **options)
     if not tied:
@@ -84,7 +84,6 @@ def shard_policy(
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
     # The loss wants hidden states: this way to them runs the root's hooks, as its forward does.
-    sharded: Any = model
     sharded.sharded_hidden = MethodType(base_hidden, model)
     register_fsdp_forward_method(model, "sharded_hidden")
 
@@ -174,7 +173,8 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 
 def _head_unit(model: PreTrainedModel) -> FSDPModule | None:
-    head = model.get_output_embeddings()
+    causal: Any = model
+    head = causal.get_output_embeddings()
     return head if isinstance(head, FSDPModule) else None
 
 

@@ -59,12 +59,11 @@ def empty_model(directory: Path, *, dtype: torch.dtype = torch.float32) -> PreTr
     """A causal language model whose weights are on the meta device; its buffers are real."""
     auto: Any = AutoModelForCausalLM
     with _parameters_on_meta(dtype):
-        model: PreTrainedModel = auto.from_config(
-            AutoConfig.from_pretrained(directory), dtype=torch.float32
-        )
+        model: Any = auto.from_config(AutoConfig.from_pretrained(directory), dtype=torch.float32)
     if (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    return model.eval()
+    empty: PreTrainedModel = model.eval()
+    return empty
 
 
 @contextmanager
@@ -80,11 +79,12 @@ def _parameters_on_meta(dtype: torch.dtype) -> Iterator[None]:
             parameter = nn.Parameter(torch.empty_like(parameter, device="meta", dtype=dtype))
         register(module, name, parameter)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    patched: Any = nn.Module
+    patched.register_parameter = on_meta
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        patched.register_parameter = register
 
 
 def _files_of_weights(directory: Path) -> dict[str, Path]:

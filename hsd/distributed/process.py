@@ -106,6 +106,7 @@ def leave_world() -> None:
 def sharding_mesh() -> DeviceMesh:
     """All ranks, in one dimension, on their GPUs where there are some; a process alone is one."""
     if not dist.is_initialized():
-        dist.init_process_group(_BACKENDS, store=dist.HashStore(), rank=0, world_size=1)
+        alone = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(_BACKENDS, store=alone, rank=0, world_size=1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return init_device_mesh(device, (dist.get_world_size(),))

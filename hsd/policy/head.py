@@ -110,7 +110,8 @@ def response_hidden(
         (sum of response lengths, D) in the dtype of the head: float32, or the compute dtype where
         a sharded model has it gathered.
     """
-    weight = model.get_output_embeddings().weight
+    causal: Any = model
+    weight: Tensor = causal.get_output_embeddings().weight
     device = weight.device
     sequences = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
     ids, mask = pad_right(sequences, device=device)

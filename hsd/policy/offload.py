@@ -33,7 +33,8 @@ class HostAdamW(torch.optim.AdamW):
                 adamw(
                     [weight],
                     [gradient],
-                    *([local_part(state[name])] for name in _STATES),
+                    [local_part(state["exp_avg"])],
+                    [local_part(state["exp_avg_sq"])],
                     [],
                     [state["step"]],
                     fused=True,
@@ -69,7 +70,7 @@ def _on_host(parameters: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Ten
         return
     largest = max(weight.numel() for weight, _ in pairs)
     staging = torch.empty((2, 2, largest), dtype=torch.float32, pin_memory=True)
-    compute, copies = torch.cuda.current_stream(), torch.cuda.Stream()
+    compute, copies = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
     copies.wait_stream(compute)
 
     def fetch(index: int) -> tuple[list[Tensor], torch.cuda.Event]:
