@@ -39,7 +39,7 @@ def architecture(**changes: Any) -> Qwen3Config:
             "vocab_size": VOCAB,
             "hidden_size": 64,
             "intermediate_size": 160,
-            "num_hidden_layers": 3,
+            "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "head_dim": 16,
@@ -172,8 +172,8 @@ def test_products_are_counted() -> None:
     given = scenario()
     flop = {phase.name: phase.flop for phase in simulate.simulate(given).phases}
     tokens, size = 40 + ROWS, 64
-    linear = 3 * (size * 64 * 2 + size * 32 * 2 + 3 * size * 160)
-    attention = 3 * 2 * 2 * tokens * tokens * 64 / 2
+    linear = 2 * (size * 64 * 2 + size * 32 * 2 + 3 * size * 160)
+    attention = 2 * 2 * 2 * tokens * tokens * 64 / 2
     assert flop["student forward"] == pytest.approx(2 * tokens * linear + attention, rel=0.01)
     assert flop["loss"] == 5 * 2 * ROWS * size * VOCAB
 
@@ -208,7 +208,7 @@ def test_the_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
-    recipe = make_recipe(tmp_path / "recipe", {"sharding": {"mode": "full"}})
+    recipe = make_recipe(tmp_path / "recipe", {"warmup": {"steps": 0}, "sharding": {"mode": "full"}})
     figure = tmp_path / "budget.png"
     words = ["budget", recipe, "--response-tokens", 256, "--prompt-tokens", 32, "--figure", figure]
     assert run_hsd(*words, "--gpu-memory", "80GB", "--no-search") == 0

@@ -38,10 +38,12 @@ def load_architecture(name: str) -> PreTrainedConfig:
         ) from None
 
 
-def empty_model(architecture: PreTrainedConfig, *, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with weights of a dtype on the meta device, dropout off."""
+def empty_model(
+    architecture: PreTrainedConfig, *, dtype: torch.dtype, device: str = "meta"
+) -> PreTrainedModel:
+    """The model with weights of a dtype, dropout off."""
     causal: Any = AutoModelForCausalLM
-    with torch.device("meta"):
+    with torch.device(device):
         model: PreTrainedModel = causal.from_config(architecture, dtype=dtype)
     return model.eval()
 

@@ -43,6 +43,8 @@ class BudgetArguments:
         gpu_memory: of one GPU, such as 80GB or 74GiB.
         response_tokens: of every rollout; default: the recipe's rollout.max_new_tokens.
         prompt_tokens: of a question.
+        engine_gpus: GPUs that share the weights of one engine, by tensor parallelism; engines
+            sample on the trainer's GPUs and sleep during the update.
         compare: also with a plain loss over N x V, and with a loop over chunks of it.
         search: find the longest responses that fit; takes several simulations.
         figure: the PNG to write; default: budget-RECIPE.png.
@@ -53,6 +55,7 @@ class BudgetArguments:
     gpu_memory: str = "80GB"
     response_tokens: int | None = None
     prompt_tokens: int = 1024
+    engine_gpus: int = 1
     compare: bool = False
     search: bool = True
     figure: Path | None = None
@@ -102,6 +105,7 @@ def scenario_of(config: Config, arguments: BudgetArguments) -> Scenario:
         "world-size": arguments.world_size,
         "response-tokens": response,
         "prompt-tokens": arguments.prompt_tokens,
+        "engine-gpus": arguments.engine_gpus,
     }
     for name, value in numbers.items():
         if value < 1:
@@ -115,6 +119,7 @@ def scenario_of(config: Config, arguments: BudgetArguments) -> Scenario:
         prompt_tokens=arguments.prompt_tokens,
         context_tokens=_CONTEXT_TEXT + peer_tokens,
         response_tokens=response,
+        engine_gpus=arguments.engine_gpus,
     )
 
 

@@ -62,7 +62,7 @@ class Rollouts:
     """The engine awake, on the trainer's GPUs; bytes of one GPU.
 
     Attributes:
-        weights: bf16, divided among `gpus_per_node` GPUs at most.
+        weights: bf16, divided among the GPUs of an engine.
         cache: what is left for keys and values.
         at_a_time: rollouts of full length whose keys and values fit, of one GPU.
     """
@@ -78,9 +78,8 @@ def rollouts(
     gpu_bytes: int,
     assumptions: Assumptions,
 ) -> Rollouts:
-    """Calculated: the trainer's resident memory stays, vLLM takes the rest."""
-    engine_gpus = min(scenario.world_size, assumptions.gpus_per_node)
-    weights = math.ceil(2 * scenario.parameters / engine_gpus)
+    """Calculated: what the trainer keeps between updates stays, the engine takes the rest."""
+    weights = math.ceil(2 * scenario.parameters / scenario.engine_gpus)
     resident = assumptions.needed(sum(simulation.resident.values()))
     cache = max(0, gpu_bytes - resident - weights)
     tokens = scenario.prompt_tokens + scenario.response_tokens

@@ -26,6 +26,7 @@ from hsd.distributed.config import ShardingConfig
 from hsd.distributed.fsdp import shard_policy
 from hsd.distributed.process import World
 from hsd.objective import step
+from hsd.policy import teachers
 from hsd.policy.optimizer import adamw
 from hsd.policy.packing import TrainingRow
 from hsd.policy.precision import compute_dtype
@@ -56,6 +57,7 @@ class Scenario:
         prompt_tokens: of a question.
         context_tokens: what the teacher's prompt has beyond the student's.
         response_tokens: of every rollout; the largest batch.
+        engine_gpus: GPUs that share the weights of one engine, by tensor parallelism.
         loss: "fused" is the trainer's own.
         backend: of hsd_kernels, "triton" for a GPU.
     """
@@ -66,6 +68,7 @@ class Scenario:
     prompt_tokens: int
     context_tokens: int
     response_tokens: int
+    engine_gpus: int = 1
     loss: LossName = "fused"
     backend: Literal["triton", "cpu"] = "triton"
 
@@ -201,14 +204,19 @@ def _policy(scenario: Scenario, tracker: StepTracker, mesh: DeviceMesh) -> Polic
     ) -> PreTrainedModel:
         model = empty_model(architecture, dtype=dtype)
         shard_policy(model, sharding, mesh, compute_dtype=compute_dtype, frozen=frozen)
-        return _allocated(model)
+        return model.to_empty(device="cpu")
 
-    whole: Any = None
-    if config.sharding.mode == "none":
-        whole = _allocated(empty_model(architecture, dtype=torch.float32))
-    with mock.patch.multiple(
-        trainer, load_sharded=load, policy_directory=_no, sharding_mesh=lambda: mesh
+    def new(*_: object) -> PreTrainedModel:
+        return empty_model(architecture, dtype=torch.float32, device="cpu")
+
+    with (
+        mock.patch.multiple(
+            trainer, load_sharded=load, policy_directory=_no, sharding_mesh=lambda: mesh
+        ),
+        # A copy of a fake tensor would copy memory that is not there.
+        mock.patch.object(teachers, "_frozen", lambda *_: new().requires_grad_(False)),
     ):
+        whole: Any = new() if config.sharding.mode == "none" else None
         policy = trainer._policy(config, whole, dtype)
     for model in _models(policy):
         own, sharding = model is policy.model, config.sharding
@@ -216,11 +224,6 @@ def _policy(scenario: Scenario, tracker: StepTracker, mesh: DeviceMesh) -> Polic
         kind = kinds.PARAMETERS if own else kinds.REFERENCE
         tracker.mark(list(model.parameters()), kind, on_host=in_host_memory)
     return policy
-
-
-def _allocated(model: PreTrainedModel) -> PreTrainedModel:
-    """With weights of no value in the place of those on the meta device."""
-    return model.to_empty(device="cpu")
 
 
 def _loss_flop(student_hidden: Tensor, arguments: Mapping[str, Any]) -> float:

@@ -8,7 +8,7 @@ allocate their workspace, and for no others.
 from __future__ import annotations
 
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -105,10 +105,13 @@ class StepTracker(FakeTensorMode):
         self._pending = False
         self._depth = 0
         self._in_loss = 0
-        self._found: dict[int, tuple[weakref.ref[Any], Allocation]] = {}
+        self._found: dict[int, tuple[weakref.KeyedRef[int, Any], Allocation]] = {}
+        # Storages die in the middle of whatever, garbage collection too: only noted there.
+        self._dead: deque[weakref.KeyedRef[int, Any]] = deque()
 
     def enter(self, name: str, kind: str) -> None:
         """Starts a phase; what is allocated in it is of a kind until `mark` knows better."""
+        self._free_dead()
         self.settle()
         self._phase = Phase(name)
         self.phases.append(self._phase)
@@ -124,6 +127,7 @@ class StepTracker(FakeTensorMode):
         """Ends the last phase, and follows no storage any more."""
         self.settle()
         self._found.clear()
+        self._dead.clear()
 
     @contextmanager
     def allocating(self, kind: str) -> Iterator[None]:
@@ -231,6 +235,7 @@ class StepTracker(FakeTensorMode):
         self._phase.traffic[name] += max((each.nbytes for each in tensors), default=0)
 
     def _register(self, storage: torch.UntypedStorage) -> Allocation:
+        self._free_dead()
         key = id(storage)
         if key in self._found:
             allocation = self._found[key][1]
@@ -239,7 +244,7 @@ class StepTracker(FakeTensorMode):
             return allocation
         kind = LOSS if self._in_loss else self._kind
         allocation = Allocation(storage.nbytes(), kind)
-        self._found[key] = (weakref.ref(storage, lambda _: self._free(key)), allocation)
+        self._found[key] = (weakref.KeyedRef(storage, self._dead.append, key), allocation)
         self._change(allocation.nbytes)
         return allocation
 
@@ -248,11 +253,11 @@ class StepTracker(FakeTensorMode):
             self._change(nbytes - allocation.nbytes)
         allocation.nbytes = nbytes
 
-    def _free(self, key: int) -> None:
-        allocation = self._found[key][1]
-        if not allocation.on_host:
-            self._change(-allocation.nbytes)
-        del self._found[key]
+    def _free_dead(self) -> None:
+        while self._dead:
+            allocation = self._found.pop(self._dead.popleft().key)[1]
+            if not allocation.on_host:
+                self._change(-allocation.nbytes)
 
     def _change(self, nbytes: int) -> None:
         if nbytes < 0:
