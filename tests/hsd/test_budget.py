@@ -208,7 +208,9 @@ def test_the_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
-    recipe = make_recipe(tmp_path / "recipe", {"warmup": {"steps": 0}, "sharding": {"mode": "full"}})
+    recipe = make_recipe(
+        tmp_path / "recipe", {"warmup": {"steps": 0}, "sharding": {"mode": "full"}}
+    )
     figure = tmp_path / "budget.png"
     words = ["budget", recipe, "--response-tokens", 256, "--prompt-tokens", 32, "--figure", figure]
     assert run_hsd(*words, "--gpu-memory", "80GB", "--no-search") == 0

@@ -6,7 +6,6 @@ import dataclasses
 import re
 import warnings
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +23,7 @@ from hsd.distributed.budget.estimate import (
     estimate_step,
     rollouts,
 )
-from hsd.distributed.budget.search import longest_response
+from hsd.distributed.budget.search import GRANULE, longest_response
 from hsd.distributed.budget.simulate import LossName, Scenario, Simulation, simulate
 from hsd.recipe import fail, load_recipe, parse_flags
 
@@ -73,12 +72,13 @@ def main(argv: list[str]) -> int:
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
     figure = arguments.figure or Path(f"budget-{arguments.recipe.stem}.png")
     console = Console()
-    fits = _show(console, scenario, gpu_bytes, figure)
-    if arguments.search:
-        _show_longest(console, scenario, gpu_bytes)
+    simulation = simulate(scenario)
+    _show(console, scenario, simulation, gpu_bytes, figure)
     if arguments.compare:
-        console.print(_comparison(scenario, gpu_bytes))
-    return 0 if fits else 1
+        console.print(_comparison(scenario, simulation, gpu_bytes))
+    if arguments.search:
+        _show_longest(console, scenario, simulation, gpu_bytes)
+    return 0 if Assumptions().needed(simulation.peak) <= gpu_bytes else 1
 
 
 def parse_bytes(text: str) -> int:
@@ -123,9 +123,10 @@ def scenario_of(config: Config, arguments: BudgetArguments) -> Scenario:
     )
 
 
-def _show(console: Console, scenario: Scenario, gpu_bytes: int, figure: Path) -> bool:
+def _show(
+    console: Console, scenario: Scenario, simulation: Simulation, gpu_bytes: int, figure: Path
+) -> None:
     assumptions = Assumptions()
-    simulation = simulate(scenario)
     sampling = rollouts(scenario, simulation, gpu_bytes, assumptions)
     rows = _rows(simulation, sampling)
     title = (
@@ -151,7 +152,6 @@ def _show(console: Console, scenario: Scenario, gpu_bytes: int, figure: Path) ->
     estimate = estimate_step(scenario, simulation, sampling, assumptions)
     console.print(_step_table(scenario, simulation, sampling, estimate))
     console.print(f"modelled with {assumptions.described()}", highlight=False)
-    return left >= 0
 
 
 def _rows(simulation: Simulation, sampling: Rollouts) -> report.Rows:
@@ -169,8 +169,11 @@ def _step_table(
     ranks = min(scenario.world_size, Assumptions().gpus_per_node)
     host = sum(simulation.host.values())
     table.add_row("micro-batches", f"{estimate.micro_batches} of {scenario.sequences} sequence(s)")
-    table.add_row("host memory", f"{report.gigabytes(host)} GB, {ranks} ranks of a node "
-                  f"{report.gigabytes(ranks * host)} GB (simulated)")
+    table.add_row(
+        "host memory",
+        f"{report.gigabytes(host)} GB, {ranks} ranks of a node "
+        f"{report.gigabytes(ranks * host)} GB (simulated)",
+    )
     for name, nbytes in sorted(estimate.traffic.items()):
         table.add_row(name.replace("_", "-"), f"{report.gigabytes(nbytes)} GB (simulated)")
     table.add_row("work", f"{estimate.flop / 1e15:.1f} PFLOP (simulated)")
@@ -180,30 +183,34 @@ def _step_table(
     return table
 
 
-def _show_longest(console: Console, scenario: Scenario, gpu_bytes: int) -> None:
+def _show_longest(
+    console: Console, scenario: Scenario, simulation: Simulation, gpu_bytes: int
+) -> None:
     most = (
         scenario.architecture.max_position_embeddings
         - scenario.prompt_tokens
         - scenario.context_tokens
     )
 
-    @cache
     def slack(tokens: int) -> int:
-        peak = simulate(dataclasses.replace(scenario, response_tokens=tokens)).peak
+        known = tokens == scenario.response_tokens
+        tried = dataclasses.replace(scenario, response_tokens=tokens)
+        peak = simulation.peak if known else simulate(tried).peak
         return gpu_bytes - Assumptions().needed(peak)
 
     found = longest_response(slack, start=scenario.response_tokens, most=most)
-    limit = ", all that the model has positions for" if found + 256 > most else ""
+    limit = ", all that the model has positions for" if found + GRANULE > most else ""
     console.print(f"longest responses that fit: {found:,} tokens{limit}")
 
 
-def _comparison(scenario: Scenario, gpu_bytes: int) -> Table:
+def _comparison(scenario: Scenario, fused: Simulation, gpu_bytes: int) -> Table:
     table = Table(title="The same step with other losses: GB per GPU")
     for name in ("loss", "loss workspace", "peak", "needed", "left"):
         table.add_column(name, justify="left" if name == "loss" else "right")
     names: tuple[LossName, ...] = ("fused", "chunk_loop", "naive")
     for name in names:
-        simulation = simulate(dataclasses.replace(scenario, loss=name))
+        other = dataclasses.replace(scenario, loss=name)
+        simulation = fused if name == scenario.loss else simulate(other)
         needed = Assumptions().needed(simulation.peak)
         workspace = max(phase.by_kind()["loss workspace"] for phase in simulation.phases)
         numbers = (workspace, simulation.peak, needed, gpu_bytes - needed)

@@ -153,9 +153,7 @@ def _halves(simulation: Simulation) -> tuple[_Work, _Work]:
     return found[0], found[1]
 
 
-def _decoding(
-    scenario: Scenario, sampling: Rollouts, rows: int, assumptions: Assumptions
-) -> float:
+def _decoding(scenario: Scenario, sampling: Rollouts, rows: int, assumptions: Assumptions) -> float:
     """Bound by reads: the weights at every token, and half of the final keys and values."""
     at_a_time = min(rows, math.floor(sampling.at_a_time))
     if at_a_time < 1:

@@ -1,7 +1,7 @@
 """What a trainer has without the fused loss: the baselines of `hsd budget --compare`.
 
-They take the arguments of `fused_hsd_loss` that `hsd.objective.step` gives it and run forward KL and
-reference KL in plain PyTorch; the simulation reads nothing but their memory.
+They take the arguments of `fused_hsd_loss` that `hsd.objective.step` gives it and run forward KL
+and reference KL in plain PyTorch; the simulation reads nothing but their memory.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-GRANULE = 256
+GRANULE = 512
 
 
 def longest_response(slack: Callable[[int], int], *, start: int, most: int) -> int:

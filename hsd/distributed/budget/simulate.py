@@ -106,7 +106,7 @@ class Simulation:
 
 
 def simulate(scenario: Scenario) -> Simulation:
-    """Runs two updates on fake tensors, the first for the optimiser's states, and records the second.
+    """Runs two updates on fake tensors and records the second; the first makes optimiser states.
 
     Raises:
         RuntimeError: this process is part of a process group already.

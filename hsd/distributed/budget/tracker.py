@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed._tools.fake_collectives  # noqa: F401  # collectives on fake tensors
+import torch.distributed._tools.fake_collectives  # collectives on fake tensors
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
