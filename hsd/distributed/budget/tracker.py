@@ -20,7 +20,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from hsd.distributed.budget.flop import flop_of
 
 aten = torch.ops.aten
 
@@ -82,7 +83,7 @@ class Phase:
         return sums
 
 
-class StepTracker(FakeTensorMode):
+class StepTracker(FakeTensorMode):  # type: ignore[no-untyped-call]
     """Runs code on fake tensors and records each phase.
 
     Where the code asks a fake tensor for a value, the answer is that of the largest batch: sizes
@@ -218,7 +219,7 @@ class StepTracker(FakeTensorMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._register(_storage(tensor))
-        self._phase.flop += _flop(func, args, kwargs, result)
+        self._phase.flop += flop_of(func, args, kwargs, result)
 
     def _mark_buffers(self, tensors: Any) -> None:
         for tensor in tree_leaves(tensors):
@@ -280,21 +281,6 @@ class StepTracker(FakeTensorMode):
             self._register(storage).kind = UNSHARDED
 
 
-def _flop(func: Any, args: Any, kwargs: Any, result: Any) -> float:
-    """Of a matrix product, or of attention: what its mask cuts off does not count."""
-    if func is aten._scaled_dot_product_flash_attention_for_cpu.default:
-        query, key, value, *rest = args
-        whole = sdpa_flop_count(query.shape, key.shape, value.shape)
-        causal = rest[1] if len(rest) > 1 else kwargs.get("is_causal", False)
-        return whole / 2 if causal else whole
-    if func is aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
-        gradient, query, key, value, *rest = args
-        whole = sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape)
-        return whole / 2 if rest[3] else whole
-    formula = flop_registry.get(getattr(func, "overloadpacket", None))
-    return 0.0 if formula is None else float(formula(*args, **kwargs, out_val=result))
-
-
 def _is_mask(index: Any) -> bool:
     return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
 
@@ -315,7 +301,7 @@ def watching_resizes(tracker: StepTracker) -> Iterator[None]:
         tracker.resize(self)
         return result
 
-    torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign]
+    torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
