@@ -22,13 +22,15 @@ def load_architecture(name: str) -> PreTrainedConfig:
     Raises:
         ValueError: neither.
     """
+    found: PreTrainedConfig
     shipped = _SHIPPED / f"{Path(name).name.lower()}.json"
     if shipped.is_file() and not Path(name).is_dir():
         values: dict[str, Any] = json.loads(shipped.read_text(encoding="utf-8"))
-        found: PreTrainedConfig = AutoConfig.for_model(values.pop("model_type"), **values)
+        found = AutoConfig.for_model(values.pop("model_type"), **values)
         return found
     try:
-        return AutoConfig.from_pretrained(name)
+        found = AutoConfig.from_pretrained(name)
+        return found
     except (OSError, ValueError) as error:
         known = ", ".join(sorted(path.stem for path in _SHIPPED.glob("*.json")))
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -44,8 +46,10 @@ def empty_model(
     """The model with weights of a dtype, dropout off."""
     causal: Any = AutoModelForCausalLM
     with torch.device(device):
-        model: PreTrainedModel = causal.from_config(architecture, dtype=dtype)
-    return model.eval()
+        model: Any = causal.from_config(architecture, dtype=dtype)
+    model.eval()
+    found: PreTrainedModel = model
+    return found
 
 
 def kv_cache_bytes(architecture: PreTrainedConfig) -> int:

@@ -31,14 +31,14 @@ from hsd.policy.optimizer import adamw
 from hsd.policy.packing import TrainingRow
 from hsd.policy.precision import compute_dtype
 from hsd.policy.teachers import Policy
-from hsd_kernels import plan
+from hsd_kernels import fused_hsd_loss, plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 LossName = Literal["fused", "naive", "chunk_loop"]
 _LOSSES: dict[LossName, Callable[..., Any]] = {
-    "fused": step.fused_hsd_loss,
+    "fused": fused_hsd_loss,
     "naive": naive_loss,
     "chunk_loop": chunk_loop_loss,
 }
