@@ -142,7 +142,7 @@ def test_a_deliberate_n_x_v_buffer_is_on_both_sides(
         assert having > without + 2 * ROWS * VOCAB * 4
 
 
-def test_each_rank_has_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_rank_has_its_share() -> None:
     given = scenario(world_size=4, mode="full", offload="optimizer", offload_reference=True)
     found = simulate.simulate(given)
     share = 4 * given.parameters / 4
@@ -152,6 +152,8 @@ def test_each_rank_has_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.resident["optimiser state"] == found.resident["reference, teacher"] == 0
     # Every weight is gathered for teacher, student, backward and reference, but the head, which
     # stays whole, once for the policy and once for the reference.
+    for phase in found.phases:
+        assert sum(phase.by_kind().values()) == phase.peak
     head = 4 * VOCAB * 64
     gathered = sum(phase.traffic["allgather"] for phase in found.phases)
     layers = 4 * given.parameters - 2 * head
