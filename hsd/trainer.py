@@ -16,7 +16,7 @@ from hsd.data.questions import require_solutions
 from hsd.data.tasks import Task, load_task
 from hsd.data.verify.pool import VerifierPool
 from hsd.distributed.load import load_sharded
-from hsd.distributed.process import World, sharding_mesh
+from hsd.distributed.process import World, sharding_device, sharding_mesh
 from hsd.policy.head import output_head
 from hsd.policy.layers import checkpoint_activations, compile_layers
 from hsd.policy.load import load_policy, policy_directory
@@ -114,6 +114,7 @@ def _policy(config: Config, model: PreTrainedModel, dtype: torch.dtype) -> Polic
         if sharding.compile_layers:
             compile_layers(model)
         return policy
+    model.to(sharding_device())  # for the engine
     mesh = sharding_mesh()
     load = partial(
         load_sharded, policy_directory(config.model.name), sharding, mesh, compute_dtype=dtype

@@ -100,6 +100,7 @@ ROUNDED = {
     f"bfloat16-{model}": Case(model=model, shares=((0, 1, 2, 3), ()), compute_dtype="bfloat16")  # type: ignore[arg-type]
     for model in ("llama", "llama-tied")
 }
+OFFLOADS: tuple[Literal["none", "optimizer", "all"], ...] = ("none", "optimizer", "all")
 ALL = {2: {**TWO_RANKS, **WRONG, **ROUNDED}, 3: THREE_RANKS}
 EQUAL = [(2, name) for name in TWO_RANKS] + [(3, name) for name in THREE_RANKS]
 
