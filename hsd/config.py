@@ -12,6 +12,7 @@ from hsd.checks import require
 from hsd.data.contexts import ContextConfig
 from hsd.data.peers import PeerConfig
 from hsd.data.tasks import ArithmeticTask, TaskConfig
+from hsd.distributed.config import ShardingConfig
 from hsd.objective.config import ObjectiveConfig
 
 
@@ -181,6 +182,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
 
     def __post_init__(self) -> None:
         require("seed", self.seed, 0 <= self.seed < 2**31, "0 to 2^31 - 1")
@@ -199,6 +201,13 @@ class Config:
             rounds,
             rounds == 1 or filtered,
             "1 without objective.group_filter",
+        )
+        steps = self.warmup.steps
+        require(
+            "warmup.steps",
+            steps,
+            steps == 0 or self.sharding.mode == "none",
+            "0 with sharding.mode 'full': every rank would hold the whole model",
         )
         updates, questions = self.optimizer.updates_per_step, rollout.questions_per_step
         require(

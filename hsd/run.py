@@ -80,9 +80,18 @@ class RunFolder:
                 }
             )
 
-    def checkpoint(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Replaces the checkpoint, a directory for transformers' from_pretrained."""
-        save_policy(model, tokenizer, self.path / "checkpoint")
+    def checkpoint(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        weights: dict[str, torch.Tensor] | None,
+    ) -> None:
+        """Replaces the checkpoint, a directory for transformers' from_pretrained.
+
+        Args:
+            weights: of a sharded model, whole.
+        """
+        save_policy(model, tokenizer, self.path / "checkpoint", weights)
 
     def discard(self) -> None:
         """Removes what the constructor made: a run that cannot start leaves nothing behind."""

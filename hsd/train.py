@@ -21,6 +21,7 @@ from rich.console import Console
 from hsd.config import Config
 from hsd.data.questions import Question, question_stream
 from hsd.data.verify import Outcome
+from hsd.distributed.fsdp import is_sharded, whole_weights
 from hsd.distributed.process import World, join_world, leave_world
 from hsd.evaluate import accuracy_table, evaluate
 from hsd.metrics import StepProgress, sample_table
@@ -58,7 +59,8 @@ def update(
         temperature=config.rollout.temperature,
         step=step,
     )
-    trainer.world.sum_gradients(model.parameters())
+    if not is_sharded(model):  # the backward of a sharded one has summed them
+        trainer.world.sum_gradients(model.parameters())
     norm = clipped_step(
         trainer.optimizer,
         model.parameters(),
@@ -212,16 +214,25 @@ def _steps(trainer: Trainer, run: RunFolder | None, console: Console) -> None:
                 every, last = config.evaluation.every, done == config.steps
                 if every and done % every == 0 and not last:
                     evaluations.append((f"step {done}", _measure(trainer, done, run)))
-                if run and config.checkpoint_every and done % config.checkpoint_every == 0:
-                    run.checkpoint(trainer.policy.model, trainer.tokenizer)
+                if config.checkpoint_every and done % config.checkpoint_every == 0:
+                    _checkpoint(trainer, run)
     finally:
-        # An interrupt, too, leaves the weights as they are now.
-        if run:
-            run.checkpoint(trainer.policy.model, trainer.tokenizer)
+        # An interrupt, too, leaves the weights as they are now; to gather those of a sharded model
+        # all ranks must have come here.
+        together = sys.exc_info()[0] in (None, FloatingPointError)
+        if together or not is_sharded(trainer.policy.model):
+            _checkpoint(trainer, run)
     console.print("evaluating after training ...")
     evaluations.append(("after", _measure(trainer, done, run)))
     console.print(sample_table(evaluations[-1][1].samples, title="samples after training"))
     _report(config, evaluations, console)
+
+
+def _checkpoint(trainer: Trainer, run: RunFolder | None) -> None:
+    model = trainer.policy.model
+    weights = whole_weights(model, keep=trainer.world.is_main) if is_sharded(model) else None
+    if run:
+        run.checkpoint(model, trainer.tokenizer, weights)
 
 
 def _report(config: Config, evaluations: list[tuple[str, Evaluation]], console: Console) -> None:
@@ -254,7 +265,7 @@ def main(argv: list[str]) -> int:
         console.print(f"[red]stopped: {error}; the checkpoint has the last good weights")
         return 1
     finally:
-        leave_world(world)
+        leave_world()
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,9 +15,11 @@ from hsd.data.peers import PeerPolicy
 from hsd.data.questions import require_solutions
 from hsd.data.tasks import Task, load_task
 from hsd.data.verify.pool import VerifierPool
-from hsd.distributed.process import World
+from hsd.distributed.load import load_sharded
+from hsd.distributed.process import World, sharding_device, sharding_mesh
 from hsd.policy.head import output_head
-from hsd.policy.load import load_policy
+from hsd.policy.layers import checkpoint_activations, compile_layers
+from hsd.policy.load import load_policy, policy_directory
 from hsd.policy.optimizer import adamw
 from hsd.policy.precision import compute_dtype
 from hsd.policy.teachers import Policy, make_policy
@@ -25,7 +28,7 @@ from hsd.rollout.protocol import RolloutEngine, Sampling
 from hsd.warmup import warm_up
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,20 +67,22 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
         console.print(task.sandbox)
     if config.context.show_demonstration:
         require_solutions(task.train, option="context.show_demonstration")
+    # The engine's own copy is of these weights; without sharding, so is the policy.
     model, tokenizer = world.main_first(lambda: load_policy(config.model.name))
     contexts = ContextBuilder(tokenizer, config.context)
     dtype = compute_dtype(config.model.compute_dtype)
-    head = output_head(model)
     if config.warmup.steps:
+        head = output_head(model)
         world.main_first(
             lambda: warm_up(
                 config, model, tokenizer, head, task.train, compute_dtype=dtype, console=console
             )
         )
+    policy = _policy(config, model, dtype)
     return Trainer(
         config=config,
         task=task,
-        policy=make_policy(model, config.objective, compute_dtype=dtype),
+        policy=policy,
         tokenizer=tokenizer,
         contexts=contexts,
         peers=PeerPolicy(config.peers, seed=config.seed),
@@ -89,6 +94,35 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
             workers=config.verifier.workers or world.share_of_cores(),
             timeout=config.verifier.timeout,
         ),
-        optimizer=adamw(model.parameters(), config.optimizer.learning_rate),
+        optimizer=adamw(
+            policy.model.parameters(),
+            config.optimizer.learning_rate,
+            on_host=config.sharding.offload == "optimizer",
+        ),
         world=world,
+    )
+
+
+def _policy(config: Config, model: PreTrainedModel, dtype: torch.dtype) -> Policy:
+    """The policy with its teachers: of a whole model, or sharded from the same files."""
+    sharding = config.sharding
+    if sharding.mode == "none":
+        policy = make_policy(model, config.objective, compute_dtype=dtype)
+        # After the copies were made: they keep nothing for a backward.
+        if sharding.activation_checkpointing:
+            checkpoint_activations(model)
+        if sharding.compile_layers:
+            compile_layers(model)
+        return policy
+    model.to(sharding_device())  # for the engine
+    mesh = sharding_mesh()
+    load = partial(
+        load_sharded, policy_directory(config.model.name), sharding, mesh, compute_dtype=dtype
+    )
+    return make_policy(
+        load(),
+        config.objective,
+        compute_dtype=dtype,
+        # Gathered in the compute dtype anyway: what never moves is kept in it.
+        copy_of=lambda _, moves: load(frozen=True, dtype=torch.float32 if moves else dtype),
     )

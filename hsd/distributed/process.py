@@ -1,4 +1,4 @@
-"""Data parallelism by processes: each rank has all weights and a share of the questions."""
+"""Data parallelism by processes: each rank has a share of the questions."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 Item = TypeVar("Item")
 _NOTHING: Any = object()
+# What is summed in host memory (counts, offloaded gradients) goes by gloo.
+_BACKENDS = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +91,26 @@ def join_world() -> World:
     if size == 1:
         return World(rank=0, size=1)
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(_BACKENDS)
     return World(rank=dist.get_rank(), size=size)
 
 
-def leave_world(world: World) -> None:
+def leave_world() -> None:
     """Ends the process group, if there is one."""
-    if world.size > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def sharding_mesh() -> DeviceMesh:
+    """All ranks, in one dimension, on their GPUs where there are some; a process alone is one."""
+    if not dist.is_initialized():
+        alone = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(_BACKENDS, store=alone, rank=0, world_size=1)
+    return init_device_mesh(sharding_device().type, (dist.get_world_size(),))
+
+
+def sharding_device() -> torch.device:
+    """Where a sharded model is, and what runs beside it."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,6 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hsd.distributed.fsdp import (
+    gathered_heads,
+    head_gradient,
+    is_sharded,
+    largest_count,
+    synchronise_head,
+)
 from hsd.objective.config import ObjectiveConfig
 from hsd.objective.schedule import value_at
 from hsd.objective.token_loss import (
@@ -38,6 +45,11 @@ SUMS = (
 )
 """What `accumulate_gradients` sums: per-token means come from dividing by weights or tokens."""
 
+_IDLE = TrainingRow(
+    student_prompt=(0,), teacher_prompt=(0,), response=(0,), weights=(0.0,), logprobs=(0.0,)
+)
+"""A batch of it goes through the models like any other, and its loss and gradient are zero."""
+
 
 def accumulate_gradients(
     policy: Policy,
@@ -65,10 +77,17 @@ def accumulate_gradients(
     total = torch.zeros(len(SUMS), dtype=torch.float64)
     largest_gap = 0.0
     distinct = without_idle_ends(merge_equal(rows))
-    for batch in micro_batches(distinct, token_budget=micro_batch_tokens):
-        sums, gap = _micro_batch(policy, batch, objective, temperature, step)
-        total += sums
-        largest_gap = max(largest_gap, gap)
+    batches = micro_batches(distinct, token_budget=micro_batch_tokens)
+    if is_sharded(policy.model):
+        # Every layer is gathered by all ranks together: none may run one batch less.
+        batches += [[_IDLE]] * (largest_count(len(batches)) - len(batches))
+    with gathered_heads(policy.model, policy.teacher, policy.initial):
+        for position, batch in enumerate(batches, start=1):
+            if position == len(batches):
+                synchronise_head(policy.model)
+            sums, gap = _micro_batch(policy, batch, objective, temperature, step)
+            total += sums
+            largest_gap = max(largest_gap, gap)
     return total, largest_gap
 
 
@@ -80,16 +99,15 @@ def _micro_batch(
     step: int,
 ) -> tuple[Tensor, float]:
     student_hidden, others = _hidden_states(policy, batch)
-    weights = torch.tensor([weight for row in batch for weight in row.weights])
-    engine = torch.tensor([value for row in batch for value in row.logprobs])
-    taught = torch.tensor([each for row in batch for each in _distilled(policy, row)])
+    device = student_hidden.device
+    weights = torch.tensor([w for row in batch for w in row.weights], device=device)
+    engine = torch.tensor([value for row in batch for value in row.logprobs], device=device)
+    taught = torch.tensor([t for row in batch for t in _distilled(policy, row)], device=device)
     lengths = [len(row.response) for row in batch]
-    advantages = torch.repeat_interleave(
-        torch.tensor([row.advantage for row in batch]), torch.tensor(lengths)
-    )
+    advantages = torch.tensor([row.advantage for row in batch for _ in row.response], device=device)
     head = policy.head
     common: dict[str, Any] = {
-        "targets": torch.tensor([token for row in batch for token in row.response]),
+        "targets": torch.tensor([t for row in batch for t in row.response], device=device),
         "token_weights": weights,
         "logit_scale": head.logit_scale,
         "logit_softcap": head.logit_softcap,
@@ -125,6 +143,7 @@ def _micro_batch(
         student_hidden,  # (N, D)
         weight=head.weight,  # (V, D)
         bias=head.bias,
+        weight_grad_out=head_gradient(policy.model),
         ref_coef=value_at(objective.ref_coef, step),
         **others,
         **common,
@@ -159,7 +178,7 @@ def _micro_batch(
             clipped[computed].double().sum(),
         ]
     )
-    return sums, float(gap.max()) if len(gap) else 0.0
+    return sums.cpu(), float(gap.max()) if len(gap) else 0.0
 
 
 def _distilled(policy: Policy, row: TrainingRow) -> Sequence[bool]:
@@ -229,7 +248,7 @@ def _log_probs(
         teacher_hidden,  # (N, D)
         policy.head.weight,  # (V, D)
         bias=policy.head.bias,
-        advantages=torch.zeros(len(student_hidden)),
+        advantages=torch.zeros(len(student_hidden), device=student_hidden.device),
         **common,
         **_teacher_head(policy),
     ).stats
@@ -239,7 +258,7 @@ def _log_probs(
 def _weighted_sum(weights: Tensor, values: Tensor | None, chosen: Tensor) -> Tensor:
     """The sum over chosen tokens, float64; 0 for a statistic that was not asked for."""
     if values is None:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device=weights.device)
     return (weights[chosen] * values[chosen]).double().sum()
 
 

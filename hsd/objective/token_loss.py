@@ -89,9 +89,11 @@ def sequence_ratio(batch: TokenBatch, options: TokenLossOptions) -> PolicyGradie
     """
     log_ratio = _given(batch.logprob) - batch.old_logprobs
     log_ratio = torch.where(batch.own, log_ratio, 0)
-    rollout = torch.repeat_interleave(torch.tensor(batch.lengths))  # (N,) which rollout it is of
-    sums = torch.zeros(len(batch.lengths)).index_add_(0, rollout, log_ratio)
-    counts = torch.zeros(len(batch.lengths)).index_add_(0, rollout, batch.own.float())
+    lengths = torch.tensor(batch.lengths, device=log_ratio.device)
+    rollout = torch.repeat_interleave(lengths)  # (N,) which rollout it is of
+    zeros = torch.zeros(len(lengths), device=log_ratio.device)
+    sums = zeros.index_add(0, rollout, log_ratio)
+    counts = zeros.index_add(0, rollout, batch.own.float())
     ratio = torch.exp(sums / counts.clamp(min=1))[rollout]  # (N,)
     clipped = out_of_range(ratio, batch.advantages, options.clip_range)
     low, high = options.clip_range

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from hsd.policy.packing import pad_right
 
@@ -20,10 +21,20 @@ if TYPE_CHECKING:
 class OutputHead:
     """How logits follow from hidden states: softcap * tanh(scale * (x W^T + bias) / softcap)."""
 
-    weight: torch.nn.Parameter  # (V, D)
-    bias: torch.nn.Parameter | None  # (V,)
+    linear: torch.nn.Module
     logit_scale: float
     logit_softcap: float | None
+
+    # Looked up each time: the parameters of a sharded model change as it is gathered.
+    @property
+    def weight(self) -> torch.nn.Parameter:  # (V, D)
+        weight: torch.nn.Parameter = self.linear.get_parameter("weight")
+        return weight
+
+    @property
+    def bias(self) -> torch.nn.Parameter | None:  # (V,)
+        bias: torch.nn.Parameter | None = getattr(self.linear, "bias", None)
+        return bias
 
 
 def output_head(model: PreTrainedModel) -> OutputHead:
@@ -44,8 +55,7 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
     head = OutputHead(
-        weight=linear.weight,
-        bias=getattr(linear, "bias", None),
+        linear=linear,
         logit_scale=scale,
         logit_softcap=getattr(config, "final_logit_softcapping", None),  # Gemma 2
     )
@@ -72,6 +82,15 @@ def _check(model: PreTrainedModel, head: OutputHead) -> None:
 
 def last_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """(B, L, D) last hidden states, after the final norm, of ids (B, L) and mask (B, L)."""
+    if isinstance(model, FSDPModule):
+        sharded: Any = model
+        hidden: Tensor = sharded.sharded_hidden(ids, mask)
+        return hidden
+    return base_hidden(model, ids, mask)
+
+
+def base_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """`last_hidden`, past the hooks of a sharded model's root."""
     hidden: Tensor = model.base_model(
         input_ids=ids, attention_mask=mask, use_cache=False
     ).last_hidden_state
@@ -88,15 +107,19 @@ def response_hidden(
     """The hidden states that predict the response tokens, sequence after sequence.
 
     Returns:
-        (sum of response lengths, D) float32.
+        (sum of response lengths, D) in the dtype of the head: float32, or the compute dtype where
+        a sharded model has it gathered.
     """
-    device = model.device
+    causal: Any = model
+    weight: Tensor = causal.get_output_embeddings().weight
+    device = weight.device
     sequences = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
     ids, mask = pad_right(sequences, device=device)
     start = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)[:, None]
     length = torch.tensor([len(response) for response in responses], device=device)[:, None]
     position = torch.arange(ids.shape[1], device=device)
     predicting = (position >= start) & (position < start + length)
-    with torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32):
+    # The weights of a sharded model are in the compute dtype already.
+    with torch.autocast(device.type, compute_dtype, enabled=compute_dtype != weight.dtype):
         hidden = last_hidden(model, ids, mask)
-    return hidden[predicting].float()
+    return hidden[predicting].to(weight.dtype)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -48,11 +49,39 @@ def load_policy(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.eval(), tokenizer
 
 
-def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """A directory for from_pretrained (safetensors), written whole or not at all."""
+def policy_directory(name: str) -> Path:
+    """The directory of a model's files; one of the hub is fetched into its cache.
+
+    Raises:
+        ValueError: no such model.
+    """
+    if name in SHIPPED:
+        return _shipped(name)
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"model.name: found {name!r}, expected a directory or a name of the hub ({reason})"
+        ) from None
+
+
+def save_policy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """A directory for from_pretrained (safetensors), written whole or not at all.
+
+    Args:
+        weights: instead of the model's own, by name.
+    """
 
     def write(directory: Path) -> None:
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, state_dict=weights)
         tokenizer.save_pretrained(directory)
 
     write_directory(path, write)

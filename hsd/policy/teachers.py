@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from hsd.distributed.fsdp import gathered_heads, local_part
 from hsd.objective.config import ObjectiveConfig
 from hsd.policy.head import OutputHead, output_head
 
@@ -29,25 +31,36 @@ class Policy:
 
 
 def make_policy(
-    model: PreTrainedModel, objective: ObjectiveConfig, *, compute_dtype: torch.dtype
+    model: PreTrainedModel,
+    objective: ObjectiveConfig,
+    *,
+    compute_dtype: torch.dtype,
+    copy_of: Callable[[PreTrainedModel, bool], PreTrainedModel] | None = None,
 ) -> Policy:
-    """A model with the copies of it that an objective asks for."""
-    head = output_head(model)
-    initial = _frozen(model)
+    """A model with the copies of it that an objective asks for.
+
+    Args:
+        copy_of: gives a frozen model with a model's weights, which will move or not; a sharded
+            model cannot be copied, only loaded again. Default: a deep copy.
+    """
+    copied = copy_of or _frozen
+    head = _head(model)
+    initial = copied(model, _refreshed(objective))
     teacher: PreTrainedModel | None = None
     if objective.teacher == "live":
         teacher = model
     elif objective.teacher == "ema" or (objective.teacher == "initial" and _refreshed(objective)):
-        teacher = _frozen(model)  # it must not move along with the reference
+        # It must not move along with the reference.
+        teacher = copied(model, objective.teacher == "ema")
     elif objective.teacher == "initial":
         teacher = initial
     return Policy(
         model=model,
         head=head,
         teacher=teacher,
-        teacher_head=None if teacher is None else output_head(teacher),
+        teacher_head=None if teacher is None else _head(teacher),
         initial=initial,
-        initial_head=output_head(initial),
+        initial_head=_head(initial),
         compute_dtype=compute_dtype,
     )
 
@@ -66,14 +79,20 @@ def after_update(policy: Policy, objective: ObjectiveConfig, *, updates: int) ->
 
 @torch.no_grad()
 def move_toward(average: PreTrainedModel, model: PreTrainedModel, *, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * model, in place."""
+    """average <- decay * average + (1 - decay) * model, in place; shard by shard if sharded."""
     for old, new in zip(average.parameters(), model.parameters(), strict=True):
-        old.lerp_(new, 1.0 - decay)
+        own = local_part(old)
+        own.lerp_(local_part(new).to(own.device), 1.0 - decay)  # one of them may be offloaded
 
 
 def _refreshed(objective: ObjectiveConfig) -> bool:
     return objective.ref_refresh_every > 0
 
 
-def _frozen(model: PreTrainedModel) -> PreTrainedModel:
+def _frozen(model: PreTrainedModel, moves: bool) -> PreTrainedModel:
     return copy.deepcopy(model).requires_grad_(False)
+
+
+def _head(model: PreTrainedModel) -> OutputHead:
+    with gathered_heads(model):
+        return output_head(model)

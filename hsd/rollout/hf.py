@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from hsd.distributed.fsdp import full_parameters
 from hsd.rollout.protocol import Rollout, Sampling
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ class HfEngine:
 
     @torch.no_grad()
     def update_weights(self, model: PreTrainedModel, *, version: int) -> None:
-        for own, new in zip(self._model.parameters(), model.parameters(), strict=True):
+        whole = full_parameters(model)
+        for own, (_, new) in zip(self._model.parameters(), whole, strict=True):
             own.copy_(new)
         self._version = version
 

@@ -92,7 +92,7 @@ def plain_tokenizer() -> PreTrainedTokenizerFast:
 def make_model() -> MakeModel:
     """A random model with every parameter off its initial value, biases and norms too."""
 
-    def make(kind: str = "llama", *, seed: int = 0) -> transformers.PreTrainedModel:
+    def make(kind: str = "llama", *, seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
         family, options = ARCHITECTURES[kind]
         config = getattr(transformers, f"{family}Config")(
             **{
@@ -108,6 +108,7 @@ def make_model() -> MakeModel:
                 "eos_token_id": 256,
                 "pad_token_id": 256,
                 **options,
+                **changes,
             }
         )
         with torch.random.fork_rng():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -82,3 +84,22 @@ def test_a_step_without_any_gradient_changes_nothing() -> None:
     norm = clipped_step(adamw([parameter], 1.0), [parameter], learning_rate=0.1, max_grad_norm=1.0)
     assert norm == 0.0
     assert torch.equal(parameter.detach(), torch.ones(2))
+
+
+def test_with_its_states_on_the_host_adamw_is_the_same() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in ((5, 3), (7,), (2, 2, 2))]
+    plain, host = ([torch.nn.Parameter(each.clone()) for each in start] for _ in range(2))
+    optimizers = [adamw(plain, 0.1), adamw(host, 0.1, on_host=True)]
+    for step in range(4):
+        if step == 2:  # a state dict of one is a state dict of the other
+            optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+        for parameters, optimizer in zip((plain, host), optimizers, strict=True):
+            draw = torch.Generator().manual_seed(step)
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=draw)
+            parameters[step % 3].grad = None
+            optimizer.step()
+        for ours, theirs in zip(host, plain, strict=True):
+            assert torch.equal(ours, theirs)
+    assert not torch.equal(plain[0], start[0])

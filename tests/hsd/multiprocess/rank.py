@@ -44,4 +44,4 @@ for name, shares in json.loads((folder / "cases.json").read_text()).items():
     gathered = world.gather([f"{name}/{position}" for position in range(len(rows))])
     save_file({"gradient": gradients}, folder / f"{name}-{world.rank}.safetensors")
     (folder / f"{name}-{world.rank}.json").write_text(json.dumps(gathered))
-leave_world(world)
+leave_world()

@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launch import launch
 from safetensors.torch import load_file
 
 from hsd.config import ObjectiveConfig
@@ -29,24 +27,6 @@ MakeRow = Callable[..., TrainingRow]
 
 # Rows of rank 0 and of rank 1.
 CASES = {"uneven": ([0, 1, 2], [3, 4]), "idle": ([0, 1, 2, 3, 4], []), "none": ([], [])}
-
-
-def launch(*arguments: object, cache: Path) -> subprocess.CompletedProcess[str]:
-    """Two processes by torchrun, without a network and without a C++ compiler."""
-    environment = {
-        "HSD_CACHE": str(cache),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "CXX": "none",
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return subprocess.run(
-        [*command, *map(str, arguments)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
 
 
 @pytest.fixture(scope="module")

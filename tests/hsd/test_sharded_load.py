@@ -1,0 +1,172 @@
+"""Sharded models are read from several files, no rank holding more than its share."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from hsd.distributed.config import ShardingConfig
+from hsd.distributed.fsdp import local_part
+from hsd.distributed.load import load_sharded
+
+SHARDED = ShardingConfig(mode="full")
+RANKS = 3
+
+MeshOf = Callable[[int], DeviceMesh]
+
+
+@pytest.fixture
+def mesh_of() -> Iterator[MeshOf]:
+    """What one rank of three sees, the others imagined. Only the first would save a model."""
+
+    def make(rank: int) -> DeviceMesh:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=RANKS)
+        return init_device_mesh("cpu", (RANKS,))
+
+    yield make
+    dist.destroy_process_group()
+
+
+def load(path: Path, mesh: DeviceMesh, **options: Any) -> torch.nn.Module:
+    return load_sharded(path, SHARDED, mesh, compute_dtype=torch.float32, **options)
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "phi-bias", "gpt2-positions"])
+def test_a_rank_has_its_rows_of_every_weight(
+    kind: str, rank: int, mesh_of: MeshOf, make_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    whole = make_model(kind)
+    whole.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    sharded = load(tmp_path, mesh_of(rank))
+    names = [name for name, _ in whole.named_parameters()]
+    assert [name for name, _ in sharded.named_parameters()] == names
+    for weight, part in zip(whole.parameters(), sharded.parameters(), strict=True):
+        chunks = weight.chunk(RANKS)
+        expected = chunks[rank] if rank < len(chunks) else weight[:0]
+        assert torch.equal(local_part(part), expected)
+    for name, buffer in whole.named_buffers():  # those too that no file holds
+        assert torch.equal(sharded.get_buffer(name), buffer), name
+    assert not sharded.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_model_is_of_the_dtype_asked_for(
+    dtype: torch.dtype, mesh_of: MeshOf, model_directory: Path
+) -> None:
+    frozen = load(model_directory, mesh_of(0), frozen=True, dtype=dtype)
+    assert {each.dtype for each in frozen.parameters()} == {dtype}
+    assert not any(each.requires_grad for each in frozen.parameters())
+
+
+def drop(weights: dict[str, torch.Tensor]) -> None:
+    del weights["model.norm.weight"]
+
+
+def reshape(weights: dict[str, torch.Tensor]) -> None:
+    weights["model.norm.weight"] = torch.ones(7)
+
+
+def add(weights: dict[str, torch.Tensor]) -> None:
+    weights["model.extra.weight"] = torch.ones(7)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop, "found no weight model.norm.weight in the files"),
+        (reshape, r"found model.norm.weight of shape \(7,\), expected \(32,\)"),
+        (add, "found weight model.extra.weight, expected none"),
+    ],
+)
+def test_files_of_another_model_are_refused(
+    change: Callable[[dict[str, torch.Tensor]], None],
+    message: str,
+    mesh_of: MeshOf,
+    make_model: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    change(weights)
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, mesh_of(0))
+
+
+@pytest.mark.parametrize("index", [{"weight_map": {"a": "../b.safetensors"}}, [], {}])
+def test_an_index_that_is_none_is_refused(
+    index: object, mesh_of: MeshOf, make_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="found no map of weights to files"):
+        load(tmp_path, mesh_of(0))
+
+
+def test_a_directory_without_weights_is_refused(
+    mesh_of: MeshOf, model_directory: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text((model_directory / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"found no model\.safetensors\.index\.json or"):
+        load(tmp_path, mesh_of(0))
+
+
+LOADS_AND_REPORTS = """
+import sys, torch, torch.distributed as dist
+from pathlib import Path
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from hsd.distributed.config import ShardingConfig
+from hsd.distributed.load import load_sharded
+
+def resident(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
+mesh = init_device_mesh("cpu", (4,))
+load = lambda path: load_sharded(
+    Path(path), ShardingConfig(mode="full"), mesh, compute_dtype=torch.float32
+)
+load(sys.argv[1])  # a tiny one: what libraries take at first use
+before = resident("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
+model = load(sys.argv[2])
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+def test_host_memory_peaks_at_the_share_and_one_weight(
+    make_model: Callable[..., Any], tmp_path: Path, model_directory: Path
+) -> None:
+    model = make_model(
+        "llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=8, vocab_size=16_000
+    )
+    sizes = [each.nbytes for each in model.parameters()]
+    model.save_pretrained(tmp_path, max_shard_size="20MB")
+    del model
+    assert len(list(tmp_path.glob("*.safetensors"))) > 5
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS_AND_REPORTS, str(model_directory), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    peak, share = int(done.stdout), sum(sizes) / 4
+    assert peak < share + max(sizes)
+    assert peak > 0.5 * share  # it measures what was loaded
