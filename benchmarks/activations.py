@@ -41,7 +41,7 @@ def path() -> Path:
 
 
 def collect(trainer: Trainer, tokens: int, step: int) -> list[TrainingRow]:
-    """Rollouts with a peer, `tokens` response tokens at least; weights make a mean over rollouts."""
+    """Rollouts that have a peer, with `tokens` response tokens at least, sampled from `step` on."""
     config, world = trainer.config, trainer.world
     stream = question_stream(trainer.task.train, config.seed + 1)
     sampler = GroupSampler(
