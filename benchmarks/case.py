@@ -1,7 +1,7 @@
 """One case: every method that expresses its loss, side by side in one process.
 
     python -m benchmarks.case --work A --dtype bf16 --out FILE [--frozen] [--tokens 2048]
-        [--rounds 5] [--sweep 4] [--sparse]
+        [--rounds 5] [--sweep 4] [--methods NAME ...] [--sparse]
 
 Each method's chunk size is swept first, by one timed run each after one that compiles, and the
 fastest is kept; its gradients are compared with fp64; then all methods run in alternation.
@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sweep", type=int, default=4, help="chunk sizes tried at most")
+    parser.add_argument("--methods", nargs="+", help="names; default: all")
     parser.add_argument("--sparse", action="store_true", help="compare tolerances")
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args()
@@ -195,6 +196,7 @@ def main() -> None:
     before = machine.described()
     truth = exact.cached(case, work)
     methods = methods_of(work, sparse=a.sparse)
+    methods = [m for m in methods if not a.methods or m.name in a.methods]
     rows = measure(work, methods, truth, rounds=a.rounds, sweep=a.sweep)
     write(
         a.out,

@@ -3,7 +3,8 @@
     python -m benchmarks.synthetic [--tokens 512] [--hidden 1024] [--vocab 151936]
 
 How they are made, from one seed:
-- the head's rows are normal, its directions scaled by a power law (SPECTRUM), as trained heads' are;
+- the head's rows are normal, their directions scaled by a power law (SPECTRUM), as in trained
+  heads;
 - a token's hidden state is a sum of a few candidates' rows with falling weights, of a direction
   that all tokens share (frequent words are likely everywhere) and of noise;
 - its size is log-normal over tokens, so that some tokens are nearly certain and some are open; a

@@ -176,32 +176,41 @@ def update_memory(records: Records) -> float:
     return float(peaks["ours"] / peaks["trl"])
 
 
+def at_most(bound: float, what: str, measured: Callable[[Records], float]) -> Target:
+    return Target(what=what, bound=bound, measured=measured)
+
+
+def at_least(bound: float, what: str, measured: Callable[[Records], float]) -> Target:
+    return Target(what=what, bound=bound, measured=measured, at_most=False)
+
+
+BF16, FP32 = "time-A-bf16", "time-A-fp32"
 TARGETS = (
-    Target(what="A bf16: over the bare GEMMs", bound=1.15, measured=times("time-A-bf16", OURS, FLOOR)),
-    Target(what="A bf16: Liger over ours", bound=1.15, measured=times("time-A-bf16", LIGER, OURS), at_most=False),
-    Target(what="A bf16: plain torch over ours", bound=3.0, measured=times("time-A-bf16", PLAIN, OURS), at_most=False),
-    Target(what="A bf16: gradient error", bound=0.01, measured=worst_error("time-A-bf16", OURS)),
-    Target(what="A fp32: over the bare GEMMs", bound=1.10, measured=times("time-A-fp32", OURS, FLOOR)),
-    Target(what="A bf16 sparse: over the bare forward GEMMs", bound=1.40, measured=times("time-A-bf16", SPARSE, SPARSE_FLOOR)),
-    Target(what="A fp32 sparse: over the bare forward GEMMs", bound=1.25, measured=times("time-A-fp32", SPARSE, SPARSE_FLOOR)),
-    Target(what="A bf16 sparse: Liger over ours", bound=1.9, measured=times("time-A-bf16", LIGER, SPARSE), at_most=False),
-    Target(what="A bf16 sparse: plain torch over ours", bound=5.0, measured=times("time-A-bf16", PLAIN, SPARSE), at_most=False),
-    Target(what="A bf16 sparse: dX error beyond dense", bound=0.01, measured=sparse_extra("time-A-bf16")),
-    Target(what="A fp32 sparse: dX error beyond dense", bound=0.01, measured=sparse_extra("time-A-fp32")),
-    Target(what="C bf16: best rival's two losses over ours", bound=1.5, measured=best_pair("time-C-bf16"), at_most=False),
-    Target(what="C fp32: best rival's two losses over ours", bound=1.5, measured=best_pair("time-C-fp32"), at_most=False),
-    Target(what="D bf16: over the bare GEMMs", bound=1.20, measured=times("time-D-bf16", STATISTICS, FLOOR)),
-    Target(what="D fp32: over the bare GEMMs", bound=1.10, measured=times("time-D-fp32", STATISTICS, FLOOR)),
-    Target(what="bf16, KL to 1e-4: gradient error", bound=0.01, measured=small_kl_error),
-    Target(what="A fp32, N=4096: peak over gradients and chunk budget", bound=1.10, measured=peak_over_budget),
-    Target(what="A fp32, N=4096: peak over plain torch's", bound=1 / 8, measured=peak_over_plain),
-    Target(what="growth of time in N: exponent", bound=1.05, measured=exponent("tokens")),
-    Target(what="growth of time in V: exponent", bound=1.05, measured=exponent("vocabulary")),
-    Target(what="growth of peak in N: over the gradient of X", bound=1.05, measured=memory_growth),
-    Target(what="update: speed-up over TRL, of Amdahl's bound", bound=0.9, measured=amdahl, at_most=False),
-    Target(what="update: extra memory over TRL's", bound=0.6, measured=update_memory),
-    Target(what="update: gradient difference", bound=1e-3, measured=lambda r: float(r["update"]["gradient_difference"])),
-)  # fmt: skip
+    at_most(1.15, "A bf16: over the bare GEMMs", times(BF16, OURS, FLOOR)),
+    at_least(1.15, "A bf16: Liger over ours", times(BF16, LIGER, OURS)),
+    at_least(3.0, "A bf16: plain torch over ours", times(BF16, PLAIN, OURS)),
+    at_most(0.01, "A bf16: gradient error", worst_error(BF16, OURS)),
+    at_most(1.10, "A fp32: over the bare GEMMs", times(FP32, OURS, FLOOR)),
+    at_most(1.40, "A bf16 sparse: over the forward GEMMs", times(BF16, SPARSE, SPARSE_FLOOR)),
+    at_most(1.25, "A fp32 sparse: over the forward GEMMs", times(FP32, SPARSE, SPARSE_FLOOR)),
+    at_least(1.9, "A bf16 sparse: Liger over ours", times(BF16, LIGER, SPARSE)),
+    at_least(5.0, "A bf16 sparse: plain torch over ours", times(BF16, PLAIN, SPARSE)),
+    at_most(0.01, "A bf16 sparse: dX error beyond dense", sparse_extra(BF16)),
+    at_most(0.01, "A fp32 sparse: dX error beyond dense", sparse_extra(FP32)),
+    at_least(1.5, "C bf16: best rival's two losses over ours", best_pair("time-C-bf16")),
+    at_least(1.5, "C fp32: best rival's two losses over ours", best_pair("time-C-fp32")),
+    at_most(1.20, "D bf16: over the bare GEMMs", times("time-D-bf16", STATISTICS, FLOOR)),
+    at_most(1.10, "D fp32: over the bare GEMMs", times("time-D-fp32", STATISTICS, FLOOR)),
+    at_most(0.01, "bf16, KL to 1e-4: gradient error", small_kl_error),
+    at_most(1.10, "A fp32, N=4096: peak over gradients and chunk budget", peak_over_budget),
+    at_most(1 / 8, "A fp32, N=4096: peak over plain torch's", peak_over_plain),
+    at_most(1.05, "growth of time in N: exponent", exponent("tokens")),
+    at_most(1.05, "growth of time in V: exponent", exponent("vocabulary")),
+    at_most(1.05, "growth of peak in N: over the gradient of X", memory_growth),
+    at_least(0.9, "update: speed-up over TRL, of Amdahl's bound", amdahl),
+    at_most(0.6, "update: extra memory over TRL's", update_memory),
+    at_most(1e-3, "update: gradient difference", lambda r: r["update"]["gradient_difference"]),
+)
 
 
 def verdicts(records: Records) -> list[Verdict]:

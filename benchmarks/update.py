@@ -2,8 +2,8 @@
 
     python -m benchmarks.update --out FILE [--tokens 1024] [--rounds 5]
 
-Compared: the same model, rollouts, teacher prompts and micro-batch (all rows in one), fp32, the loss
-KL(teacher, student) of a live teacher, mean over a rollout's tokens, then over rollouts; both
+Compared: the same model, rollouts, teacher prompts and micro-batch (all rows in one), fp32, the
+loss KL(teacher, student) of a live teacher, mean over a rollout's tokens, then over rollouts; both
 forwards, loss, backward, clipping to the same norm, the same AdamW. TRL's part is its own
 `compute_loss` (distillation_mode="full_logits", distillation_alpha=0) on the batch it would have
 built: prompts padded on the left, responses on the right. Its generation is left out, as is ours.
