@@ -44,7 +44,7 @@ def allocated(run: Callable[[], object]) -> int:
     """The highest sum of live allocations."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    results = profiler.profiler.kineto_results
     memory = [event for event in results.events() if event.name() == "[memory]"]
     memory.sort(key=lambda event: event.start_ns())
     return max(accumulate(event.nbytes() for event in memory), default=0)

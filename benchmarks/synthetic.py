@@ -94,7 +94,7 @@ def _bisected(
     for _ in range(24):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if falling(middle) > wanted else (low, middle)
-    return (low * high) ** 0.5
+    return float((low * high) ** 0.5)
 
 
 def path() -> Path:

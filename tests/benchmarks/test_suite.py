@@ -25,11 +25,10 @@ def cache(tmp_path, monkeypatch) -> Path:
     """A cache with toy states for work A."""
     monkeypatch.setenv("HSD_CACHE", str(tmp_path))
     activations.path().parent.mkdir(parents=True)
-    named = {name: getattr(TOY, name).clone() for name in ("student", "teacher", "head", "targets")}
+    names = ("student", "teacher", "head", "targets")
+    named = {name: getattr(TOY, name).clone() for name in names}
     named |= {"reference": TOY.student * 0.9, "reference_head": TOY.head * 1.01}
-    save_file(
-        {name: tensor.contiguous().clone() for name, tensor in named.items()}, activations.path()
-    )
+    save_file(named, activations.path())
     return tmp_path
 
 
