@@ -13,6 +13,7 @@ from hsd.data.contexts import ContextConfig
 from hsd.data.peers import PeerConfig
 from hsd.data.tasks import ArithmeticTask, TaskConfig
 from hsd.objective.config import ObjectiveConfig
+from hsd.rollout.config import EngineConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +177,7 @@ class Config:
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
     peers: PeerConfig = field(default_factory=PeerConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -199,6 +201,12 @@ class Config:
             rounds,
             rounds == 1 or filtered,
             "1 without objective.group_filter",
+        )
+        require(
+            "rollout.top_p",
+            rollout.top_p,
+            self.engine.kind == "hf" or rollout.top_p == 1 or rollout.temperature == 1,
+            "1 beside a temperature that is not: vLLM reports log-probs before both or after both",
         )
         updates, questions = self.optimizer.updates_per_step, rollout.questions_per_step
         require(

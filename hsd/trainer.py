@@ -20,7 +20,7 @@ from hsd.policy.load import load_policy
 from hsd.policy.optimizer import adamw
 from hsd.policy.precision import compute_dtype
 from hsd.policy.teachers import Policy, make_policy
-from hsd.rollout.hf import HfEngine
+from hsd.rollout.engines import check_engine, make_engine
 from hsd.rollout.protocol import RolloutEngine, Sampling
 from hsd.warmup import warm_up
 
@@ -45,12 +45,7 @@ class Trainer:
 
     @property
     def sampling(self) -> Sampling:
-        rollout = self.config.rollout
-        return Sampling(
-            max_new_tokens=rollout.max_new_tokens,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-        )
+        return _sampling(self.config)
 
 
 def prepare(config: Config, world: World, console: Console) -> Trainer:
@@ -74,6 +69,22 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
                 config, model, tokenizer, head, task.train, compute_dtype=dtype, console=console
             )
         )
+    sampling = _sampling(config)
+    engine = make_engine(config, model, tokenizer, sampling=sampling, world=world)
+    try:
+        gap = check_engine(
+            engine,
+            model,
+            head,
+            contexts.student(task.train[0]),
+            sampling=sampling,
+            dtype=dtype,
+            tolerance=config.engine.tolerance,
+        )
+    except BaseException:
+        engine.close()
+        raise
+    console.print(f"engine {config.engine.kind}: log-probs {gap:.2g} nats from the trainer's")
     return Trainer(
         config=config,
         task=task,
@@ -81,9 +92,7 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
         tokenizer=tokenizer,
         contexts=contexts,
         peers=PeerPolicy(config.peers, seed=config.seed),
-        engine=HfEngine(
-            model, tokenizer, compute_dtype=dtype, batch_rows=config.rollout.batch_rows
-        ),
+        engine=engine,
         verifiers=VerifierPool(
             task.verify,
             workers=config.verifier.workers or world.share_of_cores(),
@@ -91,4 +100,13 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
         ),
         optimizer=adamw(model.parameters(), config.optimizer.learning_rate),
         world=world,
+    )
+
+
+def _sampling(config: Config) -> Sampling:
+    rollout = config.rollout
+    return Sampling(
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
     )
