@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hsd.policy.load import write_directory
@@ -45,6 +47,8 @@ class WeightFiles:
         def write(directory: Path) -> None:
             model.save_pretrained(directory, state_dict=full_state(model, self._dtype))
             self._tokenizer.save_pretrained(directory)
+            if model.device.type == "cpu" and model.config.tie_word_embeddings:
+                _untie(model, directory, self._dtype)
 
         write_directory(path, write)
         if self.current is not None and self.current != path:
@@ -69,6 +73,21 @@ def _whole(value: Tensor, dtype: torch.dtype) -> Tensor:
     gather = getattr(value, "full_tensor", None)  # of a DTensor
     whole: Tensor = gather() if gather else value
     return whole.detach().to(dtype) if whole.is_floating_point() else whole.detach()
+
+
+def _untie(model: PreTrainedModel, directory: Path, dtype: torch.dtype) -> None:
+    """Makes the output head of a saved model a weight of its own, equal to the embeddings.
+
+    On a CPU, vLLM computes with a packed copy of the head, which a reload renews only where the
+    head is loaded: a tied one would stay as it was at the start (seen with vLLM 0.32).
+    """
+    head: Any = model.get_output_embeddings()
+    modules = model.named_modules(remove_duplicate=False)
+    name = next(name for name, module in modules if module is head)
+    save_file({f"{name}.weight": _whole(head.weight, dtype)}, directory / "head.safetensors")
+    path = directory / "config.json"
+    config = {**json.loads(path.read_text(encoding="utf-8")), "tie_word_embeddings": False}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 class NcclTransfer:
