@@ -59,6 +59,8 @@ class VllmServerEngine:
             raise EngineError(
                 f"engine.urls: found {len(config.urls)} for {ranks} ranks, expected one each"
             )
+        count = config.replicas
+        environments = [server_environment(config, rank * count + i) for i in range(count)]
         self._config = config
         self._stop_ids = stop_token_ids(model, tokenizer)
         self._concurrent = concurrent
@@ -67,13 +69,12 @@ class VllmServerEngine:
         self._files = WeightFiles(tokenizer, dtype=compute_dtype, parent=config.sync_directory)
         self._free = threading.Condition()
         self._retries = 0
-        count = config.replicas
         self._replicas = [
             Replica(
                 partial(VllmClient, request_timeout=config.request_timeout, concurrent=concurrent),
                 url=url,
                 command=partial(server_command, config, compute_dtype, sampling),
-                environment=server_environment(config, rank * count + index),
+                environment={} if url else environments[index],
                 log=self._files.folder / f"server-{index}.log",
                 start_timeout=config.start_timeout,
                 transfer=_nccl(config, model, compute_dtype),

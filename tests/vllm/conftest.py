@@ -18,8 +18,6 @@ from hsd.rollout.protocol import Sampling
 from hsd.rollout.vllm_server import VllmServerEngine
 
 MODEL = "smollm2-135m-instruct"
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-ARGUMENTS = ("--max-model-len", "1024", "--enforce-eager")
 
 
 @dataclass
@@ -29,12 +27,17 @@ class Policy:
 
 
 @pytest.fixture(scope="session")
-def vllm_python() -> Path:
-    """Python of the environment with vLLM; `make test-vllm` names it."""
+def vllm_options() -> dict[str, Any]:
+    """Of EngineConfig: the environment with vLLM, which `make test-vllm` names, and its limits."""
     path = os.environ.get("HSD_VLLM_PYTHON")
     if not path or not Path(path).exists():
         pytest.fail(f"HSD_VLLM_PYTHON: found {path!r}, expected a Python with vLLM; make test-vllm")
-    return Path(path)
+    return {
+        "kind": "vllm",
+        "python": Path(path),
+        "arguments": ("--max-model-len", "1024", "--enforce-eager"),
+        "environment": {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"},
+    }
 
 
 @pytest.fixture
@@ -43,18 +46,14 @@ def policy() -> Policy:
 
 
 @pytest.fixture
-def start_engine(vllm_python: Path, policy: Policy) -> Iterator[Callable[..., VllmServerEngine]]:
+def start_engine(
+    vllm_options: dict[str, Any], policy: Policy
+) -> Iterator[Callable[..., VllmServerEngine]]:
     """Starts servers of the policy; they end with the test."""
     started = []
 
     def start(sampling: Sampling, *, dtype: torch.dtype, **options: Any) -> VllmServerEngine:
-        config = EngineConfig(
-            kind="vllm",
-            python=vllm_python,
-            arguments=ARGUMENTS,
-            environment=ENVIRONMENT,
-            **options,
-        )
+        config = EngineConfig(**vllm_options, **options)
         engine = VllmServerEngine(
             config,
             policy.model,
