@@ -122,9 +122,7 @@ def test_a_request_that_fails_at_the_server_is_repeated(
 def test_a_request_that_keeps_failing_is_given_up(server: Server, start: Start) -> None:
     engine = start(urls=(server.url,))
     behave(engine, at="/inference/v1/generate", status=500)
-    with pytest.raises(
-        EngineError, match=r"4 attempts at a group failed, .* 500: .*as told"
-    ):
+    with pytest.raises(EngineError, match=r"4 attempts at a group failed, .* 500: .*as told"):
         sample(engine)
 
 
