@@ -46,9 +46,7 @@ class VllmColocatedEngine:
         try:
             import vllm
         except ImportError as error:
-            raise EngineError(
-                f"engine.kind: found 'vllm_colocated' without vLLM ({error})"
-            ) from None
+            raise EngineError(f"engine.kind: 'vllm_colocated' needs vLLM here: {error}") from None
         self._vllm: Any = vllm
         self._stop_ids = stop_token_ids(model, tokenizer)
         self._version = 0
