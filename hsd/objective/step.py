@@ -98,9 +98,9 @@ def _micro_batch(
         "max_chunk_bytes": objective.max_chunk_bytes,
     }
     if objective.corrects_mismatch:
-        logprob, _ = _log_probs(policy, student_hidden.detach(), others["teacher_hidden"], common)
+        own, _ = _log_probs(policy, student_hidden.detach(), others["teacher_hidden"], common)
         weights = weights * mismatch_factors(
-            logprob - engine,
+            own - engine,
             lengths,
             weights != 0,
             importance_cap=objective.importance_cap,

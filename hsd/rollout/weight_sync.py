@@ -81,8 +81,9 @@ def _untie(model: PreTrainedModel, directory: Path, dtype: torch.dtype) -> None:
     On a CPU, vLLM computes with a packed copy of the head, which a reload renews only where the
     head is loaded: a tied one would stay as it was at the start (seen with vLLM 0.32).
     """
-    head: Any = model.get_output_embeddings()
-    modules = model.named_modules(remove_duplicate=False)
+    causal: Any = model
+    head = causal.get_output_embeddings()
+    modules = causal.named_modules(remove_duplicate=False)
     name = next(name for name, module in modules if module is head)
     save_file({f"{name}.weight": _whole(head.weight, dtype)}, directory / "head.safetensors")
     path = directory / "config.json"
