@@ -75,7 +75,6 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
         gap = check_engine(
             engine,
             model,
-            head,
             contexts.student(task.train[0]),
             sampling=sampling,
             dtype=dtype,

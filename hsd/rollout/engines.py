@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hsd.distributed.process import World
-from hsd.policy.head import OutputHead, response_hidden
+from hsd.policy.head import output_head, response_hidden
 from hsd.policy.precision import compute_dtype
 from hsd.rollout.hf import HfEngine
 from hsd.rollout.protocol import EngineError, RolloutEngine, Sampling, stream_seed
@@ -64,7 +64,6 @@ def make_engine(
 def check_engine(
     engine: RolloutEngine,
     model: PreTrainedModel,
-    head: OutputHead,
     prompt: Sequence[int],
     *,
     sampling: Sampling,
@@ -95,6 +94,7 @@ def check_engine(
         sampling=short,
     )
     responses = [rollout.token_ids for rollout in group]
+    head = output_head(model)
     hidden = response_hidden(model, [prompt] * len(group), responses, compute_dtype=dtype)  # (N, D)
     logits = torch.nn.functional.linear(hidden, head.weight.float(), head.bias) * head.logit_scale
     if head.logit_softcap is not None:

@@ -36,6 +36,8 @@ class WeightFiles:
             parent.mkdir(parents=True, exist_ok=True)
         self._tokenizer = tokenizer
         self._dtype = dtype
+        # Once for all: a server that started with a head of its own has to be given one each time.
+        self._untie = not torch.cuda.is_available()
         # One of its own in any case: ranks and runs may share the parent.
         self.folder = Path(tempfile.mkdtemp(prefix="hsd-weights-", dir=parent)).resolve()
         self.current: Path | None = None
@@ -47,7 +49,7 @@ class WeightFiles:
         def write(directory: Path) -> None:
             model.save_pretrained(directory, state_dict=full_state(model, self._dtype))
             self._tokenizer.save_pretrained(directory)
-            if model.device.type == "cpu" and model.config.tie_word_embeddings:
+            if self._untie and model.config.tie_word_embeddings:
                 _untie(model, directory, self._dtype)
 
         write_directory(path, write)
@@ -62,11 +64,11 @@ class WeightFiles:
 
 @torch.no_grad()
 def full_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The whole tensors of a model by name, floating-point ones in `dtype`.
+    """The whole tensors of a model by name, in host memory, floating-point ones in `dtype`.
 
     Gathering a sharded model is a collective: every rank must call it.
     """
-    return {name: _whole(value, dtype) for name, value in model.state_dict().items()}
+    return {name: _whole(value, dtype).cpu() for name, value in model.state_dict().items()}
 
 
 def _whole(value: Tensor, dtype: torch.dtype) -> Tensor:

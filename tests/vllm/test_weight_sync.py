@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from hsd.policy.head import output_head
 from hsd.rollout.engines import check_engine
 from hsd.rollout.protocol import EngineError, Sampling, stream_seed
 from hsd.rollout.vllm_client import VllmClient
@@ -24,12 +23,11 @@ def perturb(model: torch.nn.Module, seed: int) -> None:
 def test_a_server_samples_from_the_weights_it_was_given_last(policy, start_engine, monkeypatch):
     engine = start_engine(SAMPLING, dtype=torch.float32)
     model = policy.model
-    head = output_head(model)
     prompt = policy.tokenizer("The river rose for three days, and then the")["input_ids"]
 
     def gap(tolerance: float) -> float:
         options = {"sampling": SAMPLING, "dtype": torch.float32, "tolerance": tolerance}
-        return check_engine(engine, model, head, prompt, **options)
+        return check_engine(engine, model, prompt, **options)
 
     def sample() -> list:
         (group,) = engine.generate(

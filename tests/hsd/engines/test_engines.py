@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hsd.config import Config, RolloutConfig
 from hsd.distributed.process import World
-from hsd.policy.head import output_head
 from hsd.rollout.config import EngineConfig
 from hsd.rollout.engines import check_engine, make_engine
 from hsd.rollout.hf import HfEngine
@@ -33,7 +32,7 @@ def check(engine: HfEngine, model: PreTrainedModel, **changes: Any) -> float:
         "tolerance": 1e-3,
         **changes,
     }
-    return check_engine(engine, model, output_head(model), PROMPT, **options)
+    return check_engine(engine, model, PROMPT, **options)
 
 
 def make_hf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> HfEngine:
