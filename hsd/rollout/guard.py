@@ -1,6 +1,6 @@
 """Runs a command that does not outlive the process that started it.
 
-    python -m hsd.rollout.guard COMMAND ARGUMENT ...
+    python guard.py COMMAND ARGUMENT ...
 
 Standard input is a pipe that the parent holds open. When it ends, because the parent closed it or
 died, however that came about, the command is asked to end. Whenever the command has ended, or does

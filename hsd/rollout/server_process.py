@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hsd.rollout.guard import GRACE_SECONDS
+from hsd.rollout import guard
 
 _OF_TORCHRUN = (
     "RANK",
@@ -46,7 +46,8 @@ class ServerProcess:
         self._log = log
         with log.open("ab") as output:
             self._guard = subprocess.Popen(
-                [sys.executable, "-m", "hsd.rollout.guard", *command],
+                # Isolated: the environment is the server's and may not suit this Python.
+                [sys.executable, "-I", guard.__file__, *command],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -74,7 +75,7 @@ class ServerProcess:
             with contextlib.suppress(BrokenPipeError):
                 self._guard.stdin.close()
         try:
-            self._guard.wait(GRACE_SECONDS + 5)
+            self._guard.wait(guard.GRACE_SECONDS + 5)
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._guard.pid, signal.SIGKILL)

@@ -49,7 +49,8 @@ class VllmClient:
         self._http = httpx2.Client(
             base_url=url,
             trust_env=False,
-            limits=httpx2.Limits(max_connections=concurrent + 2),
+            # vLLM closes an idle connection after 5 s, maybe while a request is on its way.
+            limits=httpx2.Limits(max_connections=concurrent + 2, keepalive_expiry=2.0),
         )
 
     def close(self) -> None:

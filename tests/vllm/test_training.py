@@ -14,6 +14,7 @@ import torch
 
 from hsd.cli import main as hsd_main
 from hsd.policy.precision import compute_dtype
+from hsd.rollout import guard
 from hsd.rollout.hf import HfEngine
 from hsd.rollout.protocol import Sampling, stream_seed
 from hsd.rollout.vllm_client import ServerLost, VllmClient
@@ -50,7 +51,7 @@ def kill_server(url: str) -> None:
     port = int(url.rsplit(":", 1)[1])
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if "hsd.rollout.guard" in words and str(port) in words:
+        if guard.__file__ in words and str(port) in words:
             os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -58,7 +59,7 @@ def servers() -> list[int]:
     return [
         process.pid
         for process in psutil.process_iter(["cmdline"])
-        if "hsd.rollout.guard" in (process.info["cmdline"] or [])
+        if guard.__file__ in (process.info["cmdline"] or [])
     ]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,8 +36,7 @@ def start(tmp_path: Path, make_model: Callable[..., Any], tokenizer: Any) -> Ite
 
     def make(*, sampling: Sampling = SAMPLING, **options: Any) -> VllmServerEngine:
         if "urls" not in options:
-            path = os.pathsep.join([str(tmp_path), *sys.path])
-            options.setdefault("environment", {"PYTHONPATH": path})
+            options.setdefault("environment", {"PYTHONPATH": str(tmp_path)})
         options = {"start_timeout": 60.0, "sync_directory": tmp_path / "sync", **options}
         engine = VllmServerEngine(
             EngineConfig(kind="vllm", **options),

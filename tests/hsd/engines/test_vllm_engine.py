@@ -51,7 +51,7 @@ def test_requests_carry_prompt_and_seed_and_switch_the_server_s_own_defaults_off
 def test_requests_are_spread_over_the_servers(start: Start) -> None:
     servers = [Server().start() for _ in range(2)]
     for each in servers:
-        each.behaviour = {"at": "/inference/v1/generate", "hang": 0.2}
+        each.behaviour = {"at": "/inference/v1/generate", "hang": 1.0}
     sample(start(urls=tuple(each.url for each in servers)))
     assert [len(each.requests) for each in servers] == [2, 2]
     for each in servers:
