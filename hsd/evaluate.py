@@ -282,6 +282,7 @@ def _settings(config: Config, arguments: EvalArguments) -> dict[str, Any]:
         "top_p": config.rollout.top_p,
         "template": config.context.template,
         "system": config.context.system,
+        "student_thinking": config.context.student_thinking,
         "compute_dtype": config.model.compute_dtype,
         "torch": torch.__version__,
     }
