@@ -2,7 +2,7 @@
 
     python tests/data/qwen3.py
 
-fetches it ahead of the tests. The archive has to have the digest below, which npm's lock files hold.
+fetches it ahead of the tests. The archive has to have the digest below, that of npm's lock files.
 """
 
 from __future__ import annotations

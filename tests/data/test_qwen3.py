@@ -178,7 +178,7 @@ def test_a_peers_reasoning_may_be_dropped(
     context = teach(qwen3_tokenizer, QUESTION, peers=[peer], peer_reasoning="drop")
     assert f"<<<\n{shown}\n>>>" in str(qwen3_tokenizer.decode(context.token_ids))
     kept = teach(qwen3_tokenizer, QUESTION, peers=[peer])
-    whole = peer.replace("<think>", "").replace("</think>", "").strip()
+    whole = peer.replace("<think>", "").replace("</think>", "")
     assert f"<<<\n{whole}\n>>>" in str(qwen3_tokenizer.decode(kept.token_ids))
 
 
