@@ -11,7 +11,7 @@ import pydantic
 from hsd.checks import require
 from hsd.data.contexts import ContextConfig
 from hsd.data.peers import PeerConfig
-from hsd.data.tasks import ArithmeticTask, TaskConfig
+from hsd.data.task_configs import ArithmeticTask, TaskConfig
 from hsd.objective.config import ObjectiveConfig
 
 

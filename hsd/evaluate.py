@@ -228,8 +228,9 @@ def _evaluate_run(arguments: EvalArguments) -> None:
     )
     console = Console()
     settings = _settings(config, arguments) | {"model": model_identity(name)}
-    if task.sandbox:
-        console.print(task.sandbox)
+    for line in (*task.notes, task.sandbox):
+        if line:
+            console.print(line, markup=False)
     passes = [(arguments.temperature, arguments.samples)]
     if arguments.greedy and arguments.temperature > 0:
         passes.append((0.0, 1))

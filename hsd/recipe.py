@@ -154,8 +154,10 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _fault(error: Mapping[str, Any]) -> str:
     """One fault of a recipe as `key: found ..., expected ...`."""
-    sources = ("arithmetic", "jsonl", "reasoning_gym")
-    key = ".".join(str(part) for part in error["loc"] if part not in sources)
+    parts = [str(part) for part in error["loc"]]
+    if parts[:1] == ["task"]:
+        del parts[1:2]  # its source, which is no key
+    key = ".".join(parts)
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):

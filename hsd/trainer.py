@@ -60,8 +60,9 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
         raise ValueError(
             f"evaluation.split: found no question in {config.evaluation.split}, expected some"
         )
-    if task.sandbox:
-        console.print(task.sandbox)
+    for line in (*task.notes, task.sandbox):
+        if line:
+            console.print(line, markup=False)
     if config.context.show_demonstration:
         require_solutions(task.train, option="context.show_demonstration")
     model, tokenizer = world.main_first(lambda: load_policy(config.model.name))

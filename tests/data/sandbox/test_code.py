@@ -13,7 +13,8 @@ from hsd.data.human_eval import load
 from hsd.data.questions import Question, UnitTests
 from hsd.data.sandbox import local, seccomp, wire
 from hsd.data.sandbox.local import Job, Limits, LocalSandbox, Result
-from hsd.data.tasks import HumanEvalTask, JsonlTask, load_task
+from hsd.data.task_configs import HumanEvalTask, JsonlTask
+from hsd.data.tasks import load_task
 from hsd.data.verify import Outcome
 from hsd.data.verify.code import program_text, unit_tests
 from hsd.data.verify.pool import VerifierPool
