@@ -20,6 +20,7 @@ from hsd import __version__
 COMMANDS = {
     "train": ("hsd.train", "train a model as a recipe says"),
     "eval": ("hsd.evaluate", "measure a checkpoint on held-out tasks"),
+    "overlap": ("hsd.overlap", "count the splits of a task and the text they share"),
     "credit": ("hsd.credit.command", "show which tokens a teacher context gives credit to"),
 }
 
