@@ -12,6 +12,7 @@ from hsd.checks import require
 from hsd.data.contexts import ContextConfig
 from hsd.data.peers import PeerConfig
 from hsd.data.task_configs import ArithmeticTask, TaskConfig
+from hsd.logs.config import LoggingConfig
 from hsd.objective.config import ObjectiveConfig
 
 
@@ -160,7 +161,7 @@ class Config:
         steps: of sampling and updating.
         micro_batch_tokens: padded tokens of one forward pass; does not change the gradient.
         checkpoint_every: steps between checkpoints; 0 for the last step only.
-        show_samples: completions in the table of samples, at every evaluation.
+        show_samples: completions in a table: of samples, at every evaluation, and of rollouts.
     """
 
     run_dir: Path | None = None
@@ -181,6 +182,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
         require("seed", self.seed, 0 <= self.seed < 2**31, "0 to 2^31 - 1")

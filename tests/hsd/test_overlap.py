@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from hsd.cli import main
-from hsd.overlap import overlap
 from hsd.data.questions import Question
+from hsd.overlap import overlap
 
 THIRTEEN = "one two three four five six seven eight nine ten eleven twelve thirteen"
 
