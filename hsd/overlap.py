@@ -24,7 +24,7 @@ NGRAM = 13  # words
 COMMON = 10
 """13-grams of more training questions than these are taken for the wording of an instruction."""
 
-_WORD = re.compile(r"\w+|[^\w\s]")
+_WORD = re.compile(r"\w+")
 _SHOWN = 5
 
 
@@ -46,7 +46,7 @@ class Overlap:
 
 
 def overlap(train: Sequence[Question], measured: Sequence[Question]) -> Overlap:
-    """Compares prompts, case and white space aside; time and memory grow with the words of both."""
+    """Compares the words of prompts, case and punctuation aside; time and memory grow with the words of both."""
     grams = [_grams(question.prompt) for question in measured]
     wanted = {gram for own in grams for gram in own}
     count: Counter[tuple[str, ...]] = Counter()
@@ -72,7 +72,7 @@ def overlap(train: Sequence[Question], measured: Sequence[Question]) -> Overlap:
 
 
 def _grams(text: str) -> list[tuple[str, ...]]:
-    """The 13-grams of a text, in its order."""
+    """The 13-grams of a text, in its order; punctuation is no word."""
     words = _WORD.findall(text.casefold())
     return list(zip(*(words[start:] for start in range(NGRAM)), strict=False))
 

@@ -27,7 +27,7 @@ def shared(train: Sequence[str], measured: str) -> int:
     ("train", "measured", "expected"),
     [
         (f"Before. {THIRTEEN} after", f"Other {THIRTEEN}!", 1),
-        (THIRTEEN.upper(), THIRTEEN.replace(" ", "\n  "), 1),
+        (THIRTEEN.upper(), THIRTEEN.replace(" ", ",\n  "), 1),
         (THIRTEEN.removesuffix("teen"), THIRTEEN, 0),  # twelve words in common
         (THIRTEEN.replace("seven", "7"), f"{THIRTEEN} fourteen", 0),
         (THIRTEEN.removesuffix(" thirteen"), THIRTEEN.removesuffix(" thirteen"), 0),  # too short
