@@ -46,7 +46,7 @@ class Overlap:
 
 
 def overlap(train: Sequence[Question], measured: Sequence[Question]) -> Overlap:
-    """Compares the words of prompts, case and punctuation aside; time and memory grow with the words of both."""
+    """Compares the words of prompts, case and punctuation aside; memory grows with the words."""
     grams = [_grams(question.prompt) for question in measured]
     wanted = {gram for own in grams for gram in own}
     count: Counter[tuple[str, ...]] = Counter()

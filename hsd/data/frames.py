@@ -55,12 +55,12 @@ def chat_frame(
     return frames[thinking]
 
 
-def _switched(value: bool) -> dict[str, bool]:
+def _switched(value: bool) -> dict[str, Any]:
     return dict.fromkeys(_SWITCHES, value)
 
 
 def _rendered(
-    tokenizer: PreTrainedTokenizerBase, system: str | None, switches: dict[str, bool]
+    tokenizer: PreTrainedTokenizerBase, system: str | None, switches: dict[str, Any]
 ) -> Frame:
     messages = [] if system is None else [{"role": "system", "content": system}]
     rendered: Any = tokenizer.apply_chat_template(

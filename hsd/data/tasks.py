@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hsd.data import arithmetic, gym, hub, human_eval, mixture
@@ -63,7 +64,7 @@ def load_task(config: TaskConfig) -> Task:
         return _load_huggingface_task(config)
     if isinstance(config, ReasoningGymMixtureTask):
         splits, verify = mixture.generate(config)
-        return Task(**splits, verify=verify)
+        return _task(splits, verify)
     sandbox = None
     if isinstance(config, ArithmeticTask):
         questions = _arithmetic_questions(config)
@@ -81,7 +82,24 @@ def load_task(config: TaskConfig) -> Task:
     splits = cut(
         questions, heldout=config.heldout_questions, validation=config.validation_questions
     )
-    return Task(**splits, verify=verify, sandbox=sandbox)
+    return _task(splits, verify, sandbox=sandbox)
+
+
+def _task(
+    splits: Mapping[str, tuple[Question, ...]],
+    verify: Verifier,
+    *,
+    sandbox: str | None = None,
+    notes: tuple[str, ...] = (),
+) -> Task:
+    return Task(
+        train=splits["train"],
+        validation=splits["validation"],
+        heldout=splits["heldout"],
+        verify=verify,
+        sandbox=sandbox,
+        notes=notes,
+    )
 
 
 def _arithmetic_questions(config: ArithmeticTask) -> list[Question]:
@@ -142,8 +160,8 @@ def _load_jsonl_task(config: JsonlTask) -> Task:
     notes = _hold_out(splits, config.heldout is None, config.heldout_questions, str(config.train))
     if config.verifier == "code":
         verify, sandbox = _code_verifier(config.sandbox)
-        return Task(**splits, verify=verify, sandbox=sandbox, notes=notes)
-    return Task(**splits, verify=_named_verifier(config.verifier), notes=notes)
+        return _task(splits, verify, sandbox=sandbox, notes=notes)
+    return _task(splits, _named_verifier(config.verifier), notes=notes)
 
 
 def _load_huggingface_task(config: HuggingFaceTask) -> Task:
@@ -170,7 +188,7 @@ def _load_huggingface_task(config: HuggingFaceTask) -> Task:
         notes += (f"{dropped} training questions dropped: their prompts are in another split",)
     if not splits["train"]:
         raise ValueError("task.train_split: found no prompt outside of the other splits")
-    return Task(**splits, verify=_named_verifier(config.verifier), notes=notes)
+    return _task(splits, _named_verifier(config.verifier), notes=notes)
 
 
 def _hold_out(

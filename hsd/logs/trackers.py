@@ -89,7 +89,7 @@ class TensorBoard:
     def __init__(self, folder: Path, recorded: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
         self._writer.add_text("config", _verbatim(json.dumps(recorded, indent=2)))
 
     def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
