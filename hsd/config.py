@@ -11,9 +11,11 @@ import pydantic
 from hsd.checks import require
 from hsd.data.contexts import ContextConfig
 from hsd.data.peers import PeerConfig
-from hsd.data.tasks import ArithmeticTask, TaskConfig
+from hsd.data.task_configs import ArithmeticTask, TaskConfig
 from hsd.distributed.config import ShardingConfig
+from hsd.logs.config import LoggingConfig
 from hsd.objective.config import ObjectiveConfig
+from hsd.rollout.config import EngineConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +163,7 @@ class Config:
         steps: of sampling and updating.
         micro_batch_tokens: padded tokens of one forward pass; does not change the gradient.
         checkpoint_every: steps between checkpoints; 0 for the last step only.
-        show_samples: completions in the table of samples, at every evaluation.
+        show_samples: completions in a table: of samples, at every evaluation, and of rollouts.
     """
 
     run_dir: Path | None = None
@@ -177,12 +179,14 @@ class Config:
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
     peers: PeerConfig = field(default_factory=PeerConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
         require("seed", self.seed, 0 <= self.seed < 2**31, "0 to 2^31 - 1")
@@ -208,6 +212,12 @@ class Config:
             steps,
             steps == 0 or self.sharding.mode == "none",
             "0 with sharding.mode 'full': every rank would hold the whole model",
+        )
+        require(
+            "rollout.top_p",
+            rollout.top_p,
+            self.engine.kind == "hf" or rollout.top_p == 1 or rollout.temperature == 1,
+            "1 beside a temperature that is not: vLLM reports log-probs before both or after both",
         )
         updates, questions = self.optimizer.updates_per_step, rollout.questions_per_step
         require(

@@ -24,6 +24,7 @@ from hsd.data.verify import Outcome
 from hsd.distributed.fsdp import is_sharded, whole_weights
 from hsd.distributed.process import World, join_world, leave_world
 from hsd.evaluate import accuracy_table, evaluate
+from hsd.logs.completions import completion_rows, completions_table
 from hsd.metrics import StepProgress, sample_table
 from hsd.objective.batch import JudgedRollout, judge
 from hsd.objective.measures import step_metrics
@@ -32,6 +33,7 @@ from hsd.policy.optimizer import clipped_step, learning_rate
 from hsd.policy.teachers import after_update
 from hsd.recipe import fail, parse_arguments, to_dict
 from hsd.rollout.groups import Group, GroupSampler, choose_peers, step_totals
+from hsd.rollout.protocol import EngineError
 from hsd.run import RunFolder
 from hsd.scores import Evaluation, gain
 from hsd.trainer import Trainer, prepare
@@ -90,6 +92,7 @@ def train_step(
         world=world,
     )
     groups = sampler.sample(stream, step)
+    trainer.engine.sleep()
     kept = [group for group in groups if group.place >= 0]
     sampled = time.perf_counter()
 
@@ -124,6 +127,7 @@ def train_step(
         "rollout_seconds": sampled - started,
         "update_seconds": ended - sampled,
         "tokens_per_second": metrics["generated_tokens"] / (ended - started),
+        **trainer.engine.health(),
     }
     judged = sorted(world.gather(judged), key=lambda pair: pair[0].place)
     trainer.peers.remember(attempt for group, _ in judged for attempt in group.attempts)
@@ -186,6 +190,7 @@ def train(config: Config, world: World, console: Console) -> None:
     try:
         _steps(trainer, run, console)
     finally:
+        trainer.engine.close()
         trainer.verifiers.close()
         if trainer.verifiers.last_error:
             console.print(f"a verifier failed: {trainer.verifiers.last_error}", markup=False)
@@ -211,6 +216,12 @@ def _steps(trainer: Trainer, run: RunFolder | None, console: Console) -> None:
                     run.metrics("step", done, metrics)
                     for group, outcomes in judged:
                         run.rollouts(done, group, outcomes)
+                shown = config.logging.completions_every
+                if shown and done % shown == 0:
+                    rows = completion_rows(judged, config.show_samples)
+                    console.print(completions_table(rows, title=f"rollouts of step {done}"))
+                    if run:
+                        run.completions(done, rows)
                 every, last = config.evaluation.every, done == config.steps
                 if every and done % every == 0 and not last:
                     evaluations.append((f"step {done}", _measure(trainer, done, run)))
@@ -261,7 +272,7 @@ def main(argv: list[str]) -> int:
         return 130
     except UnusableInput as error:
         fail(str(error))
-    except FloatingPointError as error:
+    except (FloatingPointError, EngineError) as error:
         console.print(f"[red]stopped: {error}; the checkpoint has the last good weights")
         return 1
     finally:

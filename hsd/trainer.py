@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from rich.console import Console
@@ -16,14 +17,14 @@ from hsd.data.questions import require_solutions
 from hsd.data.tasks import Task, load_task
 from hsd.data.verify.pool import VerifierPool
 from hsd.distributed.load import load_sharded
-from hsd.distributed.process import World, sharding_mesh
+from hsd.distributed.process import World, sharding_device, sharding_mesh
 from hsd.policy.head import output_head
 from hsd.policy.layers import checkpoint_activations, compile_layers
-from hsd.policy.load import load_policy, policy_directory
+from hsd.policy.load import load_policy, load_tokenizer, policy_directory
 from hsd.policy.optimizer import adamw
 from hsd.policy.precision import compute_dtype
 from hsd.policy.teachers import Policy, make_policy
-from hsd.rollout.hf import HfEngine
+from hsd.rollout.engines import check_engine, make_engine
 from hsd.rollout.protocol import RolloutEngine, Sampling
 from hsd.warmup import warm_up
 
@@ -48,12 +49,7 @@ class Trainer:
 
     @property
     def sampling(self) -> Sampling:
-        rollout = self.config.rollout
-        return Sampling(
-            max_new_tokens=rollout.max_new_tokens,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-        )
+        return _sampling(self.config)
 
 
 def prepare(config: Config, world: World, console: Console) -> Trainer:
@@ -63,22 +59,27 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
         raise ValueError(
             f"evaluation.split: found no question in {config.evaluation.split}, expected some"
         )
-    if task.sandbox:
-        console.print(task.sandbox)
+    for line in (*task.notes, task.sandbox):
+        if line:
+            console.print(line, markup=False)
     if config.context.show_demonstration:
         require_solutions(task.train, option="context.show_demonstration")
-    # The engine's own copy is of these weights; without sharding, so is the policy.
-    model, tokenizer = world.main_first(lambda: load_policy(config.model.name))
+    sampled, tokenizer, policy = _models(config, world, task, console)
     contexts = ContextBuilder(tokenizer, config.context)
-    dtype = compute_dtype(config.model.compute_dtype)
-    if config.warmup.steps:
-        head = output_head(model)
-        world.main_first(
-            lambda: warm_up(
-                config, model, tokenizer, head, task.train, compute_dtype=dtype, console=console
-            )
+    sampling = _sampling(config)
+    engine = make_engine(config, sampled, tokenizer, sampling=sampling, world=world)
+    try:
+        gap = check_engine(
+            engine,
+            policy,
+            contexts.student(task.train[0]),
+            sampling=sampling,
+            tolerance=config.engine.tolerance,
         )
-    policy = _policy(config, model, dtype)
+    except BaseException:
+        engine.close()
+        raise
+    console.print(f"engine {config.engine.kind}: log-probs {gap:.2g} nats from the trainer's")
     return Trainer(
         config=config,
         task=task,
@@ -86,9 +87,7 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
         tokenizer=tokenizer,
         contexts=contexts,
         peers=PeerPolicy(config.peers, seed=config.seed),
-        engine=HfEngine(
-            model, tokenizer, compute_dtype=dtype, batch_rows=config.rollout.batch_rows
-        ),
+        engine=engine,
         verifiers=VerifierPool(
             task.verify,
             workers=config.verifier.workers or world.share_of_cores(),
@@ -103,25 +102,78 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
     )
 
 
-def _policy(config: Config, model: PreTrainedModel, dtype: torch.dtype) -> Policy:
-    """The policy with its teachers: of a whole model, or sharded from the same files."""
-    sharding = config.sharding
-    if sharding.mode == "none":
-        policy = make_policy(model, config.objective, compute_dtype=dtype)
-        # After the copies were made: they keep nothing for a backward.
-        if sharding.activation_checkpointing:
-            checkpoint_activations(model)
-        if sharding.compile_layers:
-            compile_layers(model)
-        return policy
-    mesh = sharding_mesh()
-    load = partial(
-        load_sharded, policy_directory(config.model.name), sharding, mesh, compute_dtype=dtype
-    )
+def _models(
+    config: Config, world: World, task: Task, console: Console
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Policy]:
+    """The model whose weights the engine takes first, its tokenizer, and the policy with teachers.
+
+    Both models are one, but where a sharded policy is sampled in this process: the engine then
+    holds a whole copy of its own.
+    """
+    dtype = compute_dtype(config.model.compute_dtype)
+    if config.sharding.mode == "full":
+        load = partial(
+            load_sharded,
+            policy_directory(config.model.name),
+            config.sharding,
+            sharding_mesh(),
+            compute_dtype=dtype,
+        )
+        policy = sharded_policy(config, load, dtype)
+        if config.engine.kind != "hf":
+            return policy.model, load_tokenizer(config.model.name), policy
+        copy, tokenizer = world.main_first(lambda: load_policy(config.model.name))
+        cast(torch.nn.Module, copy).to(sharding_device())
+        return copy, tokenizer, policy
+    model, tokenizer = world.main_first(lambda: load_policy(config.model.name))
+    if config.warmup.steps:
+        head = output_head(model)
+        world.main_first(
+            lambda: warm_up(
+                config, model, tokenizer, head, task.train, compute_dtype=dtype, console=console
+            )
+        )
+    return model, tokenizer, whole_policy(config, model, dtype)
+
+
+def whole_policy(
+    config: Config,
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    copy_of: Callable[[PreTrainedModel, bool], PreTrainedModel] | None = None,
+) -> Policy:
+    """A policy that is whole on each rank, with copies as `make_policy` makes them."""
+    policy = make_policy(model, config.objective, compute_dtype=dtype, copy_of=copy_of)
+    # After the copies were made: they keep nothing for a backward.
+    if config.sharding.activation_checkpointing:
+        checkpoint_activations(model)
+    if config.sharding.compile_layers:
+        compile_layers(model)
+    return policy
+
+
+def sharded_policy(
+    config: Config, load: Callable[..., PreTrainedModel], dtype: torch.dtype
+) -> Policy:
+    """A policy of shards.
+
+    Args:
+        load: `load_sharded` of the model, to be called once for each model with what differs:
+            `frozen`, and the dtype of its weights.
+    """
     return make_policy(
         load(),
         config.objective,
         compute_dtype=dtype,
         # Gathered in the compute dtype anyway: what never moves is kept in it.
         copy_of=lambda _, moves: load(frozen=True, dtype=torch.float32 if moves else dtype),
+    )
+
+
+def _sampling(config: Config) -> Sampling:
+    rollout = config.rollout
+    return Sampling(
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
     )

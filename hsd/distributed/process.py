@@ -108,5 +108,9 @@ def sharding_mesh() -> DeviceMesh:
     if not dist.is_initialized():
         alone = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(_BACKENDS, store=alone, rank=0, world_size=1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return init_device_mesh(device, (dist.get_world_size(),))
+    return init_device_mesh(sharding_device().type, (dist.get_world_size(),))
+
+
+def sharding_device() -> torch.device:
+    """Where a sharded model is, and what runs beside it."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -81,7 +81,8 @@ def after_update(policy: Policy, objective: ObjectiveConfig, *, updates: int) ->
 def move_toward(average: PreTrainedModel, model: PreTrainedModel, *, decay: float) -> None:
     """average <- decay * average + (1 - decay) * model, in place; shard by shard if sharded."""
     for old, new in zip(average.parameters(), model.parameters(), strict=True):
-        local_part(old).lerp_(local_part(new), 1.0 - decay)
+        own = local_part(old)
+        own.lerp_(local_part(new).to(own.device), 1.0 - decay)  # one of them may be offloaded
 
 
 def _refreshed(objective: ObjectiveConfig) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hsd.config import Config
-from hsd.data.tasks import JsonlTask
+from hsd.data.task_configs import JsonlTask
 from hsd.recipe import config_from_dict, load_recipe, parse_arguments, to_dict
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("**/*.toml"))
@@ -101,6 +101,9 @@ def test_a_base_is_found_beside_its_recipe(
         ("[evaluation]\nsamples = 0", "evaluation.samples: found 0"),
         ("[rollout]\nsampling_rounds = 2", "rollout.sampling_rounds: found 2"),
         ("[optimizer]\nupdates_per_step = 9", "optimizer.updates_per_step: found 9"),
+        ("[sharding]\noffload = 'all'", "sharding.offload: found 'all'"),
+        ("[sharding]\noffload_reference = true", "sharding.offload_reference: found True"),
+        ("[sharding]\nmode = 'full'\n[warmup]\nsteps = 2", "warmup.steps: found 2, expected 0"),
         ("[context]\nfallback = 'policy_gradient'", "context.fallback: found 'policy_gradient'"),
         ("[context]\nshow_peer = false\nfallback = 'skip'", "context.fallback: found 'skip'"),
         ("[context]\nshow_peer = false\n[peers]\ncount = 2", "peers.count: found 2"),

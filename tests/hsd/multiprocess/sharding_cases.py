@@ -31,6 +31,7 @@ class Case:
     normalisation: str = "sequence"
     micro_batch_tokens: int = 40
     teacher: str = "live"
+    token_loss: str = "divergence"
     compute_dtype: str = "float32"
     divide_factor: float = 1.0
     sharding: ShardingConfig = field(default_factory=lambda: ShardingConfig(mode="full"))
@@ -42,6 +43,8 @@ class Case:
             ref_coef=0.3,
             teacher=self.teacher,  # type: ignore[arg-type]
             normalisation=self.normalisation,  # type: ignore[arg-type]
+            token_loss=self.token_loss,  # type: ignore[arg-type]
+            advantage="none" if self.token_loss == "divergence" else "centred",
             ref_refresh_every=refresh,
             ref_refresh_decay=0.5 if refresh else 0.99,
         )
@@ -70,6 +73,8 @@ TWO_RANKS = {
         teacher="ema",
         sharding=ShardingConfig(mode="full", offload_reference=True),
     ),
+    "sequence ratio": Case(model="llama", shares=IDLE, token_loss="sequence_ratio"),
+    "teacher-weighted": Case(model="llama-tied", shares=IDLE, token_loss="teacher_weighted"),
     "optimizer on host": Case(
         model="llama",
         shares=UNEVEN,
@@ -100,6 +105,7 @@ ROUNDED = {
     f"bfloat16-{model}": Case(model=model, shares=((0, 1, 2, 3), ()), compute_dtype="bfloat16")  # type: ignore[arg-type]
     for model in ("llama", "llama-tied")
 }
+OFFLOADS: tuple[Literal["none", "optimizer", "all"], ...] = ("none", "optimizer", "all")
 ALL = {2: {**TWO_RANKS, **WRONG, **ROUNDED}, 3: THREE_RANKS}
 EQUAL = [(2, name) for name in TWO_RANKS] + [(3, name) for name in THREE_RANKS]
 
@@ -111,18 +117,19 @@ def rows_of_steps() -> list[Groups]:
     def tokens(count: int) -> tuple[int, ...]:
         return tuple(draw.randrange(256) for _ in range(count))
 
-    def row(question: tuple[int, ...], context: int, length: int) -> TrainingRow:
+    def row(question: tuple[int, ...], context: int, length: int, advantage: float) -> TrainingRow:
         return TrainingRow(
             student_prompt=question,
             teacher_prompt=(*tokens(context), *question),
             response=tokens(length),
             weights=(1.0,) * length,
             logprobs=(-5.0,) * length,
+            advantage=advantage,
         )
 
     return [
         [
-            [row(question, 3 + q, 2 + q + 2 * i) for i in range(2)]
+            [row(question, 3 + q, 2 + q + 2 * i, 1.0 - 2 * i) for i in range(2)]
             for q, question in enumerate([tokens(5) for _ in range(4)])
         ]
         for _ in range(STEPS)

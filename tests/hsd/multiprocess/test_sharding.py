@@ -11,7 +11,7 @@ import torch
 from launch import launch
 from safetensors.torch import load_file
 from sharded_steps import run_steps
-from sharding_cases import ALL, EQUAL, ROUNDED, WRONG, Case, rows_of_steps
+from sharding_cases import ALL, EQUAL, OFFLOADS, ROUNDED, WRONG, Case, rows_of_steps
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -105,6 +105,15 @@ def test_the_gradient_of_a_head_in_bfloat16_is_not_rounded(
     assert (head != head.bfloat16().float()).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_model_and_optimizer_resume_from_a_distributed_checkpoint(
+    rank: int, offload: str, folder: Path, sharded: dict[tuple[int, str], list[Found]]
+) -> None:
+    found = load_file(folder / f"resumed-{offload}-{rank}.safetensors")
+    assert torch.equal(found["resumed"], found["expected"])
+
+
 def test_a_sharded_run_is_that_of_one_process_and_leaves_a_whole_checkpoint(
     tmp_path: Path, make_recipe: Callable[..., Path], run_hsd: Callable[..., int]
 ) -> None:
@@ -114,13 +123,16 @@ def test_a_sharded_run_is_that_of_one_process_and_leaves_a_whole_checkpoint(
     done = launch("-m", "hsd.train", recipe, "--run-dir", two, *sharded, cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     assert run_hsd("train", recipe, "--run-dir", one) == 0
-    metrics = [read_json_lines(run / "metrics.jsonl") for run in (one, two)]
-    for key in ("loss", "kl", "ref_kl", "entropy", "grad_norm"):
-        mine, theirs = ([r[key] for r in records if r["kind"] == "step"] for records in metrics)
-        assert theirs == pytest.approx(mine, rel=1e-4, abs=1e-7), key
-    mine, theirs = (
-        AutoModelForCausalLM.from_pretrained(run / "checkpoint").state_dict() for run in (one, two)
-    )
-    assert mine.keys() == theirs.keys()
-    for name, weight in mine.items():
-        assert (theirs[name] - weight).norm() <= 1e-5 * weight.norm(), name
+    assert run_hsd("train", recipe, "--run-dir", tmp_path / "alone", *sharded) == 0
+    for run in (two, tmp_path / "alone"):
+        metrics = [read_json_lines(each / "metrics.jsonl") for each in (one, run)]
+        for key in ("loss", "kl", "ref_kl", "entropy", "grad_norm"):
+            mine, theirs = ([r[key] for r in records if r["kind"] == "step"] for records in metrics)
+            assert theirs == pytest.approx(mine, rel=1e-4, abs=1e-7), key
+        mine, theirs = (
+            AutoModelForCausalLM.from_pretrained(each / "checkpoint").state_dict()
+            for each in (one, run)
+        )
+        assert mine.keys() == theirs.keys()
+        for name, weight in mine.items():
+            assert (theirs[name] - weight).norm() <= 1e-5 * weight.norm(), name
