@@ -137,7 +137,8 @@ def test_a_deliberate_n_x_v_buffer_is_on_both_sides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = scenario()
-    plain = simulated_peak(given), measured_peak(given, tmp_path)
+    buffer = 8 * ROWS * VOCAB * 4
+    assert simulated_peak(given) < buffer
     heads = workspace._heads
 
     def wasteful(problem: Any, *rest: Any) -> Any:
@@ -146,9 +147,8 @@ def test_a_deliberate_n_x_v_buffer_is_on_both_sides(
 
     monkeypatch.setattr(workspace, "_heads", wasteful)
     simulated, measured = simulated_peak(given), measured_peak(given, tmp_path)
+    assert min(simulated, measured) > buffer
     assert simulated == pytest.approx(measured, rel=0.1)
-    for without, having in zip(plain, (simulated, measured), strict=True):
-        assert having > without + 2 * ROWS * VOCAB * 4
 
 
 def test_each_rank_has_its_share() -> None:
