@@ -229,7 +229,7 @@ def test_the_command(
     assert "fits, " in shown
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert run_hsd(*words, "--gpu-memory", "1GB", "--no-search") == 1
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     assert "does not fit, 1." in shown
     assert "no engine fits beside the trainer" in shown
     assert not dist.is_initialized()
