@@ -21,6 +21,7 @@ COMMANDS = {
     "train": ("hsd.train", "train a model as a recipe says"),
     "eval": ("hsd.evaluate", "measure a checkpoint on held-out tasks"),
     "credit": ("hsd.credit.command", "show which tokens a teacher context gives credit to"),
+    "report": ("hsd.report.command", "compare runs: accuracy, drift, time, memory, alarms"),
 }
 
 # What the extra `train` installs, by the names that are imported.

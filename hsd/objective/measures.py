@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +14,7 @@ from hsd.objective.batch import JudgedRollout
 from hsd.objective.schedule import value_at
 from hsd.objective.step import SUMS
 from hsd.rollout.groups import Group
+from hsd.scores import repetition
 
 
 def step_metrics(
@@ -50,15 +53,18 @@ def step_metrics(
             sum(rollout.finish_reason == "length" for rollout in rollouts),
             sum(outcome.peer_truncated_tokens > 0 for outcome in outcomes),
             sum(outcome.special_tokens_removed for outcome in outcomes),
+            sum(repetition(rollout.token_ids) for rollout in rollouts),
         ],
         dtype=torch.float64,
     )
     world.sum_(counts)
-    gaps = torch.zeros(world.size, dtype=torch.float64)
-    gaps[world.rank] = largest_gap
-    world.sum_(gaps)
+    largest = torch.zeros((2, world.size), dtype=torch.float64)
+    largest[:, world.rank] = torch.tensor([largest_gap, peak_memory()], dtype=torch.float64)
+    gap, memory = world.sum_(largest).amax(1).tolist()
     total = dict(zip(SUMS, world.sum_(sums).tolist(), strict=True))
-    count, correct, kept, with_peer, covered, tokens, cut, truncated, removed = counts.tolist()
+    count, correct, kept, with_peer, covered, tokens, cut, truncated, removed, repeated = (
+        counts.tolist()
+    )
     weight, trained = max(total["weight"], 1e-30), max(total["tokens"], 1.0)
     return {
         "reward": correct / count,
@@ -72,14 +78,22 @@ def step_metrics(
         "failed_with_peer_share": covered / max(kept, 1),
         "response_length": tokens / count,
         "cut_share": cut / count,
+        "repetition": repeated / count,
         "peers_truncated": truncated,
         "special_tokens_removed": removed,
         "generated_tokens": tokens,
         "trained_tokens": total["tokens"],
         "engine_gap_mean": total["gap"] / trained,
-        "engine_gap_max": float(gaps.max()),
+        "engine_gap_max": gap,
+        "peak_memory_bytes": memory,
         **_gradient_metrics(config, total),
     }
+
+
+def peak_memory() -> int:
+    """The largest resident size of this process so far, bytes."""
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else 1024 * size  # Linux counts in KiB
 
 
 def _gradient_metrics(config: Config, total: dict[str, float]) -> dict[str, float]:
