@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import pydantic
 
 from hsd.checks import require
+from hsd.credit.config import CreditConfig
 from hsd.data.contexts import ContextConfig
 from hsd.data.peers import PeerConfig
 from hsd.data.tasks import ArithmeticTask, TaskConfig
@@ -181,6 +182,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    credit: CreditConfig = field(default_factory=CreditConfig)
 
     def __post_init__(self) -> None:
         require("seed", self.seed, 0 <= self.seed < 2**31, "0 to 2^31 - 1")

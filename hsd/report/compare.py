@@ -59,11 +59,7 @@ def shown(estimate: Estimate, *, signed: bool = False) -> str:
 
 
 def _samples(group: RunGroup) -> int:
-    return min(int(each["samples"]) for run in group.finished for each in _both(run))
-
-
-def _both(run: Run) -> tuple[dict[str, object], dict[str, object]]:
-    return dict(run.evaluations[0]), dict(run.evaluations[-1])
+    return min(int(each["samples"]) for run in group.finished for each in run.evaluations)
 
 
 def _accuracy(groups: Sequence[RunGroup]) -> Table:

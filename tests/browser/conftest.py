@@ -109,7 +109,7 @@ def browser(_driver: webdriver.Chrome) -> Iterator[Browser]:
     yield browser
     assert browser.said() == []
     assert [url for url in browser.requests() if not url.startswith("file:")] == []
-    assert len(browser.run("return performance.getEntriesByType('resource')")) == 0
+    assert browser.run("return performance.getEntriesByType('resource').length") == 0
 
 
 def small_rollouts() -> Iterator[RolloutCredit]:
@@ -152,6 +152,13 @@ def small_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
             yield dataclasses.replace(rollout, token_ids=ids)
 
     return build_page(tmp_path_factory.mktemp("page") / "small.html", records)
+
+
+@pytest.fixture(scope="session")
+def split_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The second context in files beside the page."""
+    path = tmp_path_factory.mktemp("page") / "split #1.html"
+    return build_page(path, small_rollouts, sidecars=True)
 
 
 @pytest.fixture(scope="session")
