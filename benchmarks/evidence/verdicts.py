@@ -144,11 +144,11 @@ _CREDIT_CLAIMS: Sequence[tuple[str, Callable[[Contexts], tuple[str, str]]]] = (
 # Learning -----------------------------------------------------------------------------------
 
 LEARNING_RULES = (
-    "Learning claims compare two recipes on the same questions and seeds. The interval is the wider "
-    "of two 95 % intervals of the mean difference: over questions, of the mean over seeds, and over "
-    "seeds (Student's t). A claim holds if the interval lies above zero, does not hold if it lies "
-    "below, and cannot be tested otherwise. At equal time, each run counts with its last evaluation "
-    "within the training time of the fastest run of the two recipes."
+    "Learning claims compare two recipes on the same questions and seeds. The interval is the "
+    "wider of two 95 % intervals of the mean difference: over questions, of the mean over seeds, "
+    "and over seeds (Student's t). A claim holds if the interval lies above zero, does not hold if "
+    "it lies below, and cannot be tested otherwise. At equal time, each run counts with its last "
+    "evaluation within the training time of the fastest run of the two recipes."
 )
 
 
