@@ -109,7 +109,7 @@ def browser(_driver: webdriver.Chrome) -> Iterator[Browser]:
     yield browser
     assert browser.said() == []
     assert [url for url in browser.requests() if not url.startswith("file:")] == []
-    assert browser.run("return performance.getEntriesByType('resource').length") == 0
+    assert len(browser.run("return performance.getEntriesByType('resource')")) == 0
 
 
 def small_rollouts() -> Iterator[RolloutCredit]:
@@ -142,23 +142,24 @@ def small_rollouts() -> Iterator[RolloutCredit]:
     )
 
 
+def small_records() -> Iterator[RolloutCredit]:
+    for number, rollout in enumerate(small_rollouts()):
+        ids = np.array(rollout.token_ids)
+        if rollout.question == HOSTILE:  # ids of its own, so that its texts are its own
+            ids = ids + 1000 + number
+        yield dataclasses.replace(rollout, token_ids=ids)
+
+
 @pytest.fixture(scope="session")
 def small_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    def records() -> Iterator[RolloutCredit]:
-        for number, rollout in enumerate(small_rollouts()):
-            ids = np.array(rollout.token_ids)
-            if rollout.question == HOSTILE:  # ids of its own, so that its texts are its own
-                ids = ids + 1000 + number
-            yield dataclasses.replace(rollout, token_ids=ids)
-
-    return build_page(tmp_path_factory.mktemp("page") / "small.html", records)
+    return build_page(tmp_path_factory.mktemp("page") / "small.html", small_records)
 
 
 @pytest.fixture(scope="session")
 def split_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The second context in files beside the page."""
     path = tmp_path_factory.mktemp("page") / "split #1.html"
-    return build_page(path, small_rollouts, sidecars=True)
+    return build_page(path, small_records, sidecars=True)
 
 
 @pytest.fixture(scope="session")
