@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import pydantic
 
 from hsd.checks import require
+from hsd.credit.config import CreditConfig
 from hsd.data.contexts import ContextConfig
 from hsd.data.peers import PeerConfig
 from hsd.data.task_configs import ArithmeticTask, TaskConfig
@@ -187,6 +188,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    credit: CreditConfig = field(default_factory=CreditConfig)
 
     def __post_init__(self) -> None:
         require("seed", self.seed, 0 <= self.seed < 2**31, "0 to 2^31 - 1")

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 
 from hsd.config import Config
+from hsd.credit.during import watch_credit
 from hsd.data.questions import Question, question_stream
 from hsd.data.verify import Outcome
 from hsd.distributed.fsdp import is_sharded, whole_weights
@@ -97,6 +98,8 @@ def train_step(
     sampled = time.perf_counter()
 
     peers = choose_peers(trainer.peers, kept, world)
+    watch_credit(trainer, kept, peers, step)
+    watched = time.perf_counter()
     judged: list[Judged] = []
     sums, largest_gap, norm = torch.zeros(len(SUMS), dtype=torch.float64), 0.0, 0.0
     updates = config.optimizer.updates_per_step
@@ -125,8 +128,8 @@ def train_step(
         "grad_norm": norm,
         "learning_rate": learning_rate(config.optimizer, step=step, steps=config.steps),
         "rollout_seconds": sampled - started,
-        "update_seconds": ended - sampled,
-        "tokens_per_second": metrics["generated_tokens"] / (ended - started),
+        "update_seconds": ended - watched,
+        "tokens_per_second": metrics["generated_tokens"] / (ended - watched + sampled - started),
         **trainer.engine.health(),
     }
     judged = sorted(world.gather(judged), key=lambda pair: pair[0].place)

@@ -21,7 +21,7 @@ from hsd.recipe import config_from_dict, parse_arguments
 MakeRecipe = Callable[..., Path]
 RunHsd = Callable[..., int]
 
-TIMINGS = {"seconds", "rollout_seconds", "update_seconds", "tokens_per_second"}
+TIMINGS = {"seconds", "rollout_seconds", "update_seconds", "tokens_per_second", "peak_memory_bytes"}
 ROLLOUT_FIELDS = {
     "step",
     "question",
