@@ -103,6 +103,7 @@ def parse_arguments(argv: Sequence[str], *, prog: str) -> tuple[Config, bool]:
         recipe = load_recipe(path, root)
     except (ValueError, OSError) as error:
         fail(str(error))
+    _require_source(words, recipe.task.source)
     config = parse_flags(Config, words[1:], prog=f"{prog} {path}", default=recipe)
     if config.run_dir is None:
         stem = path.stem if root is None else f"{path.stem}-{root.stem}"
@@ -147,6 +148,16 @@ def _take_base(words: list[str]) -> Path | None:
             del words[position : position + 2]
             return Path(given[0])
     return None
+
+
+def _require_source(words: Sequence[str], source: str) -> None:
+    """Fails where --task.source names another kind of task: flags cannot replace a table."""
+    for word, value in zip(words, [*words[1:], ""], strict=True):
+        if word == "--task.source" and value != source:
+            fail(
+                f"--task.source: found {value!r}, the recipe has {source!r}; expected a base with "
+                "such a task, as in --base recipes/own_data.toml, or a recipe of your own"
+            )
 
 
 def _unused(path: Path) -> Path:

@@ -137,6 +137,7 @@ def test_step_metrics_are_those_of_the_rollouts(trained_run: Path) -> None:
         tokens = sum(len(record["token_ids"]) for record in own)
         assert step["reward"] == sum(record["correct"] for record in own) / 8
         assert step["peer_share"] == sum(record["peer"] is not None for record in own) / 8
+        assert step["context_length"] == sum(record["context_length"] for record in own) / 8
         assert step["failed_with_peer_share"] == pytest.approx(
             sum(record["peer"] is not None and not record["correct"] for record in own) / 8
         )
