@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from hsd_kernels import fused_hsd_loss, ops
-from hsd_kernels.rows import torch_rows
+from hsd_kernels.rows import torch_logits
 
 LEARNED = ("student_hidden", "weight")
 ROWS, HIDDEN, VOCAB = 256, 32, 4000
@@ -61,7 +61,7 @@ def measured_peak(given: dict[str, object]) -> int:
 @pytest.mark.parametrize("options", [{}, {"kl_temperature": 1.5}], ids=["", "two temperatures"])
 def test_the_simulated_peak_is_the_measured_one(dtype, options, monkeypatch):
     # What plain PyTorch needs beside the workspace to work on some rows; compiled, it needs none.
-    monkeypatch.setattr(torch_rows, "_PLAIN_BLOCK_ELEMENTS", VOCAB)
+    monkeypatch.setattr(torch_logits, "_PLAIN_BLOCK_ELEMENTS", VOCAB)
     given = problem(dtype, **options)
     step(given)  # what is allocated once per process
     assert simulated_peak(given, MemTracker()) == pytest.approx(measured_peak(given), rel=0.1)
