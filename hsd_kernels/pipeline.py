@@ -260,7 +260,7 @@ def _accumulate(
     columns = None
     if settings.sparse_tolerance is not None:
         columns = kept_columns(
-            gradient,
+            work.kernels.column_mass(gradient),
             tolerance=settings.sparse_tolerance,
             max_columns=settings.sparse_max_columns,
         )

@@ -116,14 +116,13 @@ def _centred_logits(
         targets = problem.targets[rows]
         # Off the CPU an impossible target is not refused: its row's weight is NaN.
         own = head[targets.clamp(0, len(head) - 1)]
-        at_targets = (states * own.float()).sum(-1)
+        at_targets = torch.stack([(side * own.float()).sum(-1) for side in states])
         probes = torch.cat([probes, own[:: max(1, len(own) // _PROBES)]])
-    found = torch.mm(operands, probes.t()).float().view(len(states), len(rows), -1)
-    if at_targets is not None:
-        found = torch.cat([found, at_targets[..., None]], dim=-1)
     factor = problem.settings.logit_scale / problem.temperature[rows]
-    share = torch.softmax(found[0] * factor[:, None], dim=-1)
-    centres = (share * found).sum(-1).to(head.dtype).float()
+    found = torch.mm(operands, probes.t()).view(len(states), len(rows), -1)
+    if at_targets is not None:
+        found = torch.cat([found, at_targets[..., None].to(found.dtype)], dim=-1)
+    centres = _means(found, factor).to(head.dtype).float()
     logits = buffers[: len(operands)]
     logits.copy_(-centres.flatten()[:, None])
     logits.addmm_(operands, head.t())
@@ -134,6 +133,12 @@ def _centred_logits(
         at_targets=None if at_targets is None else at_targets - centres,
         targets=targets,
     )
+
+
+def _means(logits: Tensor, factor: Tensor) -> Tensor:
+    """(S, C) means of raw logits (S, C, P), as the first side's distribution weighs them."""
+    share = torch.softmax(logits[0] * factor[:, None], dim=-1)
+    return torch.stack([(share * side).sum(-1) for side in logits])
 
 
 def _statistics(kernels: RowKernels, spec: RowSpec, blocks: list[_Block], chunk: _Chunk) -> Tensor:

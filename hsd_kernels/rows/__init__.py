@@ -69,4 +69,5 @@ class RowKernels(NamedTuple):
     mixture: Callable[..., Tensor]
     grad: Callable[..., Tensor]
     errors: Callable[..., Tensor]
+    column_mass: Callable[[Tensor], Tensor]  # (V,) L1 norms of the columns of a gradient (C, V)
     stats: Callable[[RowSpec, RowInputs], Tensor]  # (len(Row), C) of whole rows

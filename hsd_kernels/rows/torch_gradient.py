@@ -84,3 +84,8 @@ def row_grad(
         own = Coefficients(*(c[b] for c in coefficients))
         masses.append(_row_grad(spec, part, rows[:, b], own, out[b]))
     return torch.cat(masses)
+
+
+def column_mass(gradient: Tensor) -> Tensor:
+    """sum |gradient| (C, V) of each column, (V,) fp64."""
+    return gradient.abs().sum(0, dtype=torch.float64)

@@ -16,7 +16,7 @@ from hsd_kernels.rows.compiled import fused as compiled
 from hsd_kernels.rows.mixture import finish_mixture, mixture_sums
 from hsd_kernels.rows.partials import Partial, excess, exp_again, finish
 from hsd_kernels.rows.torch_errors import row_errors
-from hsd_kernels.rows.torch_gradient import row_grad
+from hsd_kernels.rows.torch_gradient import column_mass, row_grad
 from hsd_kernels.rows.torch_logits import chunk_logits, row_blocks, step, teacher_ratio
 from hsd_kernels.statistics import Row
 
@@ -101,6 +101,7 @@ def row_kernels(*, fused: bool) -> RowKernels:
         mixture=functools.partial(row_mixture, fused=fused),
         grad=functools.partial(row_grad, fused=fused),
         errors=functools.partial(row_errors, fused=fused),
+        column_mass=column_mass,
         stats=functools.partial(row_stats, fused=fused),
     )
 

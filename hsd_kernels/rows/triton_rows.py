@@ -24,7 +24,7 @@ from hsd_kernels.statistics import Coefficients
 TILE = 2048  # columns; 16 of each side a thread, so that several programs fit a multiprocessor
 _WARPS = 4
 _ROW_BLOCK = 128  # rows of one sum of column masses
-_ERROR_ROWS = 32  # and of column errors
+_ERROR_ROWS, _ERROR_WIDTH = 32, 1024  # and columns, of one sum of column errors
 _NO_BIASES = Biases()
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -130,10 +130,11 @@ def row_errors(spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coeffici
     sums = x.student.new_zeros((blocks, 3, columns), dtype=torch.float32)
     if count:
         launch(
-            column_error_kernel, (blocks, max(triton.cdiv(columns, TILE), 1)),
+            column_error_kernel, (blocks, max(triton.cdiv(columns, _ERROR_WIDTH), 1)),
             x, _NO_BIASES, rows.contiguous(), Coefficients(*(c.contiguous() for c in coefficients)),
             sums, count, columns, pitch, torch.finfo(x.student.dtype).eps,
-            SPEC=spec, KNOWN=_known(spec), BLOCK=_ERROR_ROWS, WIDTH=TILE, num_warps=_WARPS,
+            SPEC=spec, KNOWN=_known(spec), BLOCK=_ERROR_ROWS, WIDTH=_ERROR_WIDTH,
+            num_warps=_ERROR_WIDTH // 8 // _warp_size(),  # 128 bits of bf16 a thread
         )  # fmt: skip
     return sums.sum(0)
 
@@ -156,6 +157,13 @@ def column_mass(gradient: Tensor) -> Tensor:
 def launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **options: Any) -> None:
     """Every launch goes through here, where a tool can see what would be compiled."""
     kernel[grid](*arguments, **options)
+
+
+def _warp_size() -> int:
+    if triton.knobs.runtime.interpret:
+        return 32
+    size: int = triton.runtime.driver.active.get_current_target().warp_size
+    return size
 
 
 def _known(spec: RowSpec) -> Known:

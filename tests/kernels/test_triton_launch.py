@@ -11,11 +11,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_problems import Draw, relative_error
+from kernel_problems import Draw, cast, relative_error, solve
 from torch import Tensor
 from triton.runtime import interpreter
 from triton_problems import Rows, pitched, plain_rows, spec_of, stored_rows
 
+from hsd_kernels import precision
 from hsd_kernels.rows import RowSpec, torch_errors, torch_rows, triton_math, triton_rows
 from hsd_kernels.rows.partials import Partial, finish, merge
 from hsd_kernels.rows.triton_rows import TILE
@@ -238,6 +239,31 @@ def test_traffic_is_that_of_the_model(name, source, dtype, out):
     with counted_traffic() as traffic:
         triton_rows.column_mass(gradient)
     assert traffic.read == pytest.approx(out.itemsize * elements, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {"divergence": "jsd"}),
+        (torch.bfloat16, {"precision": "difference"}),
+        (torch.float32, {"sparse_tolerance": 0.01}),
+    ],
+)
+def test_traffic_is_that_of_the_plan(dtype, options, monkeypatch):
+    monkeypatch.setattr(precision, "TOLERANCE", 1.0)  # no plan knows what will be refined
+    rows = 32
+    draw = Draw((rows,), 8, TILE + 1)
+    arguments = cast(draw.problem(bias=False), dtype) | options
+    with counted_traffic() as traffic:
+        result = solve(arguments, backend="triton")
+    logits, gradient = 4 if "precision" not in options else 2, dtype.itemsize
+    centres = 2 if "precision" in options else 0  # written before the GEMM, which reads them
+    products = rows * draw.vocab * (2 * (1 + centres) * logits + 2 * gradient)
+    # Where the errors are estimated, the compiler reads the difference once: the source says twice.
+    twice = rows * draw.vocab * logits if centres else 0
+    counted = traffic.read + traffic.written - twice
+    assert counted == pytest.approx(result.plan.traffic_bytes - products, rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
