@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"]
-KERNELS = {"partials", "mixture", "gradient", "column_mass"}
+KERNELS = {"partials", "mixture", "gradient", "column_mass", "column_error"}
 
 
 @pytest.mark.slow
@@ -36,3 +36,8 @@ def test_no_spill_and_no_narrow_load_of_row_data(tmp_path):
         assert {k["kernel"] for k in kernels if k["target"] == target} == KERNELS
     assert all(k["spilled_bytes"] == 0 < k["registers"] for k in kernels)
     assert all(k["expected_load_bits"] >= 128 for k in kernels)
+    for each in kernels:  # in every streaming loop, all of the rows' data in whole loads
+        assert each["body_load_bits"]
+        assert all(n and n % each["expected_load_bits"] == 0 for n in each["body_load_bits"])
+    looping = [k for k in kernels if k["kernel"].startswith("column_")]
+    assert {len(k["body_load_bits"]) for k in looping} == {1}
