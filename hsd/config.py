@@ -13,6 +13,7 @@ from hsd.data.contexts import ContextConfig
 from hsd.data.peers import PeerConfig
 from hsd.data.tasks import ArithmeticTask, TaskConfig
 from hsd.objective.config import ObjectiveConfig
+from hsd.recovery import RecoveryConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +182,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
 
     def __post_init__(self) -> None:
         require("seed", self.seed, 0 <= self.seed < 2**31, "0 to 2^31 - 1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,7 @@ from hsd.policy.precision import compute_dtype
 from hsd.policy.teachers import Policy, make_policy
 from hsd.rollout.hf import HfEngine
 from hsd.rollout.protocol import RolloutEngine, Sampling
+from hsd.rollout.replay import Replay
 from hsd.warmup import warm_up
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ class Trainer:
     contexts: ContextBuilder
     peers: PeerPolicy
     engine: RolloutEngine
-    verifiers: VerifierPool
+    verifiers: VerifierPool | Replay
     optimizer: torch.optim.Optimizer
     world: World
 
@@ -53,8 +55,20 @@ class Trainer:
         )
 
 
-def prepare(config: Config, world: World, console: Console) -> Trainer:
-    """Loads task and model, warms the model up, and starts the engine."""
+def prepare(
+    config: Config,
+    world: World,
+    console: Console,
+    *,
+    replay: Path | None = None,
+    resumed: bool = False,
+) -> Trainer:
+    """Loads task and model, warms the model up, and starts the engine.
+
+    Args:
+        replay: recorded rollouts that take the place of engine and verifiers.
+        resumed: a checkpoint's weights will take the place of the warmed-up ones.
+    """
     task = load_task(config.task)
     if not getattr(task, config.evaluation.split):
         raise ValueError(
@@ -68,12 +82,15 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
     contexts = ContextBuilder(tokenizer, config.context)
     dtype = compute_dtype(config.model.compute_dtype)
     head = output_head(model)
-    if config.warmup.steps:
+    if config.warmup.steps and not resumed:
         world.main_first(
             lambda: warm_up(
                 config, model, tokenizer, head, task.train, compute_dtype=dtype, console=console
             )
         )
+    recorded = None
+    if replay is not None:
+        recorded = Replay(replay, seed=config.seed, vocab_size=head.weight.shape[0])
     return Trainer(
         config=config,
         task=task,
@@ -81,10 +98,10 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
         tokenizer=tokenizer,
         contexts=contexts,
         peers=PeerPolicy(config.peers, seed=config.seed),
-        engine=HfEngine(
-            model, tokenizer, compute_dtype=dtype, batch_rows=config.rollout.batch_rows
-        ),
-        verifiers=VerifierPool(
+        engine=recorded
+        or HfEngine(model, tokenizer, compute_dtype=dtype, batch_rows=config.rollout.batch_rows),
+        verifiers=recorded
+        or VerifierPool(
             task.verify,
             workers=config.verifier.workers or world.share_of_cores(),
             timeout=config.verifier.timeout,

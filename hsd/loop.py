@@ -1,0 +1,321 @@
+"""A run: evaluation, steps, evaluation; checkpoints between them, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from hsd.config import Config
+from hsd.distributed.checkpoint import Checkpoints, whole_checkpoints
+from hsd.distributed.failure import is_first_to_fail, leave_at_once
+from hsd.distributed.process import World, join_world, leave_world
+from hsd.evaluate import accuracy_table, evaluate
+from hsd.launch import Launch, parse_launch
+from hsd.metrics import StepProgress, sample_table
+from hsd.profiling import profiled
+from hsd.recipe import print_error, to_dict
+from hsd.resume import (
+    Position,
+    Questions,
+    own_state,
+    read_position,
+    restore,
+    shared_state,
+    tensors_of,
+)
+from hsd.rollout.replay import ReplayError
+from hsd.run import STATES, RunFolder
+from hsd.scores import Evaluation, gain
+from hsd.stopping import Stopped, Stopping
+from hsd.train import NotFinite, train_step
+from hsd.trainer import Trainer, prepare
+
+
+class UnusableInput(ValueError):
+    """Task, model, run folder or replay cannot be used; the message says why."""
+
+
+@dataclass(kw_only=True)
+class Session:
+    """What a run has beside its trainer.
+
+    Attributes:
+        run: its folder, on the main rank.
+        between: the trainer is between two steps on every rank: its state can be saved.
+    """
+
+    launch: Launch
+    trainer: Trainer
+    run: RunFolder | None
+    console: Console
+    checkpoints: Checkpoints
+    position: Position
+    questions: Questions
+    stopping: Stopping
+    between: bool = True
+
+    def save(self) -> None:
+        """A checkpoint to resume from."""
+        self.checkpoints.save(
+            self.position.step,
+            tensors_of(self.trainer),
+            shared=shared_state(self.trainer, self.position),
+            own=own_state(),
+        )
+
+    def export(self) -> None:
+        """The weights as they are now, for from_pretrained."""
+        if self.run:
+            self.run.checkpoint(self.trainer.policy.model, self.trainer.tokenizer)
+
+    def evaluate(self, name: str) -> None:
+        """Accuracy on the evaluation split, recorded; not twice, and not without an engine."""
+        done = [each for each, _ in self.position.evaluations]
+        if name in done or self.launch.replay:
+            return
+        # One rank must not leave an evaluation that the others go on with.
+        self.stopping.hold = not self.between
+        self.console.print(f"evaluating: {name} ...")
+        started = time.perf_counter()
+        result = _measure(self.trainer)
+        self.stopping.hold = True
+        if self.run:
+            split, seconds = self.trainer.config.evaluation.split, time.perf_counter() - started
+            record = {"split": split, **result.record(), "seconds": seconds}
+            self.run.metrics("evaluation", self.position.step, record)
+            self.position.files = self.run.position()
+        self.position.evaluations.append((name, result))
+        if name in ("before", "after"):
+            title = f"samples {name} training"
+            self.console.print(sample_table(result.samples, title=title))
+        if self.between:
+            self.stopping.check(self.trainer.world)
+
+
+def train(launch: Launch, world: World, console: Console) -> None:
+    """A whole run, or the rest of one; what it leaves is in its folder.
+
+    Raises:
+        UnusableInput: before the first evaluation.
+        NotFinite: too many updates in a row were not finite; the checkpoint has the last good
+            weights.
+        Stopped: a signal came; there is a checkpoint to resume from.
+    """
+    config = launch.config
+    path = config.run_dir or Path("runs") / "run"
+    if config.rollout.top_p < 1:
+        console.print("[yellow]rollout.top_p < 1: peers are no exact samples of the policy")
+    with Stopping() as stopping:
+        session = _start(launch, path, world, console, stopping)
+        try:
+            _guarded(session)
+        finally:
+            trainer = session.trainer
+            trainer.verifiers.close()
+            if trainer.verifiers.last_error:
+                console.print(f"a verifier failed: {trainer.verifiers.last_error}", markup=False)
+            if session.run:
+                session.run.close()
+                console.print(f"run folder: {path}")
+
+
+def _start(
+    launch: Launch, path: Path, world: World, console: Console, stopping: Stopping
+) -> Session:
+    config, run = launch.config, None
+    try:
+        whole = whole_checkpoints(path / STATES) if launch.resume else []
+        position = read_position(whole[-1][1]) if whole else Position()
+        if launch.resume:
+            console.print(f"resuming {path} after step {position.step}", markup=False)
+        world.barrier()  # all ranks have looked
+        if world.is_main:
+            run = RunFolder(path, config, resume=position.files if launch.resume else None)
+        trainer = prepare(
+            config, world, console, replay=launch.replay, resumed=launch.resume and bool(whole)
+        )
+        if whole:
+            restore(trainer, whole[-1][1])
+    except BaseException as error:
+        if run and not launch.resume:
+            run.discard()
+        if isinstance(error, ValueError | OSError):
+            raise UnusableInput(str(error)) from error
+        raise
+    world.barrier()  # the folder is there
+    return Session(
+        launch=launch,
+        trainer=trainer,
+        run=run,
+        console=console,
+        checkpoints=Checkpoints(path / STATES, world, keep=config.recovery.keep),
+        position=position,
+        questions=Questions(trainer.task.train, config.seed, drawn=position.drawn),
+        stopping=stopping,
+    )
+
+
+def _guarded(session: Session) -> None:
+    """The steps; where they end early, what can be kept is kept."""
+    finished = together = False
+    try:
+        _steps(session)
+        finished = together = True
+    except NotFinite as error:
+        together = True
+        if session.run:
+            file = session.run.dump(session.position.step + 1, error.judged)
+            session.console.print(f"the rollouts of the step: {file}", markup=False)
+        if error.first:
+            session.save()
+        raise
+    except Stopped:
+        # Between two steps all ranks are here; else the last checkpoint has to do.
+        together = session.between
+        if session.between:
+            session.stopping.hold = True
+            session.save()
+        raise
+    finally:
+        if together:
+            session.checkpoints.close()
+        if not finished and (together or session.trainer.world.size == 1):
+            session.export()
+
+
+def _steps(session: Session) -> None:
+    config, position, stopping = session.trainer.config, session.position, session.stopping
+    world = session.trainer.world
+    alone = world.size == 1
+    session.between = alone
+    session.evaluate("before")
+    with StepProgress(
+        session.console, steps=config.steps, label="training", done=position.step
+    ) as progress:
+        while position.step < config.steps:
+            session.between, stopping.hold = False, True
+            metrics = _step(session)
+            progress.advance(metrics, step=position.step)
+            done, last = position.step, position.step == config.steps
+            session.between = True
+            if config.checkpoint_every and done % config.checkpoint_every == 0:
+                session.save()
+                if not last:
+                    session.export()
+            stopping.check(world)
+            session.between = alone
+            stopping.hold = not alone
+            every = config.evaluation.every
+            if every and done % every == 0 and not last:
+                session.evaluate(f"step {done}")
+    session.export()
+    session.evaluate("after")
+    session.between, stopping.hold = True, True
+    _report(session)
+    stopping.check(world)
+    session.checkpoints.wait()
+    if session.run:
+        session.run.finish()
+
+
+def _step(session: Session) -> dict[str, float]:
+    """One step, recorded; the position behind it."""
+    trainer, position, launch = session.trainer, session.position, session.launch
+    step, limit = position.step, trainer.config.recovery.max_skipped_steps
+    traced = contextlib.nullcontext()
+    path = trainer.config.run_dir
+    # Not the first step, which has first calls of everything, if there is another.
+    if launch.profile and path and step == min(1, trainer.config.steps - 1):
+        traced = profiled(path / "profile", rank=trainer.world.rank)  # type: ignore[assignment]
+    with traced:
+        metrics, judged = train_step(
+            trainer, session.questions, step, may_skip=position.skipped < limit
+        )
+    if session.run:
+        session.run.metrics("step", step + 1, metrics)
+        for group, outcomes in judged:
+            session.run.rollouts(step + 1, group, outcomes)
+        position.files = session.run.position()
+    position.step = step + 1
+    position.drawn = session.questions.drawn
+    position.skipped = position.skipped + 1 if metrics["skipped_updates"] else 0
+    return metrics
+
+
+def _measure(trainer: Trainer) -> Evaluation:
+    """Accuracy on the evaluation split."""
+    config = trainer.config
+    return evaluate(
+        trainer.engine,
+        trainer.tokenizer,
+        trainer.contexts,
+        getattr(trainer.task, config.evaluation.split),
+        trainer.verifiers.judge,
+        sampling=trainer.sampling,
+        samples=config.evaluation.samples,
+        seed=config.seed,
+        world=trainer.world,
+        shown=config.show_samples,
+    )
+
+
+def _report(session: Session) -> None:
+    evaluations = session.position.evaluations
+    if not evaluations:
+        return
+    config: Config = session.trainer.config
+    title = f"{config.evaluation.split} accuracy (95 % intervals over questions)"
+    session.console.print(accuracy_table(evaluations, title=title))
+    change, interval = gain(evaluations[0][1], evaluations[-1][1])
+    session.console.print(
+        f"change of avg@{config.evaluation.samples} over training: {change:+.3f} ± {interval:.3f}"
+    )
+
+
+def run(argv: list[str]) -> int:
+    """`hsd train ...`; returns the exit code."""
+    launch = parse_launch(argv, prog="hsd train")
+    shown = json.dumps(to_dict(launch.config), indent=2)
+    if launch.dry_run:
+        print(shown)
+        return 0
+    world = join_world()
+    console = Console(quiet=not world.is_main)
+    console.print_json(shown)
+    code = _run(launch, world, console)
+    if code and world.size > 1:
+        leave_at_once(code)
+    leave_world(world)
+    return code
+
+
+def _run(launch: Launch, world: World, console: Console) -> int:
+    try:
+        train(launch, world, console)
+    except Stopped as stop:
+        kept = "`hsd train --resume` goes on from here" if stop.agreed or world.size == 1 else ""
+        console.print(f"interrupted; {kept}")
+        return stop.exit_code
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        return 130
+    except UnusableInput as error:
+        if is_first_to_fail():
+            print_error(str(error))
+        return 2
+    except (NotFinite, ReplayError) as error:
+        console.print(f"[red]stopped: {error}; the checkpoint has the last good weights")
+        return 1
+    except Exception:
+        if world.size == 1:
+            raise
+        if is_first_to_fail():
+            traceback.print_exc()
+        return 1
+    return 0
