@@ -7,13 +7,12 @@ disk, so a process killed at any moment leaves the previous one. All ranks see t
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +27,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from hsd.distributed.process import World
+
+# A single process is a single process.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -80,16 +82,15 @@ class Checkpoints:
             _write_json(fresh / "state.json", shared)
         self._world.barrier()
         _write_json(fresh / f"rank-{self._world.rank:05d}.json", own)
-        with _quiet():
-            writing = cast(
-                "Future[Any]",
-                async_save(
-                    tensors,
-                    storage_writer=HuggingFaceStorageWriter(str(fresh), save_distributed=True),
-                    process_group=self._group,
-                    no_dist=self._group is None,
-                ),
-            )
+        writing = cast(
+            "Future[Any]",
+            async_save(
+                tensors,
+                storage_writer=HuggingFaceStorageWriter(str(fresh), save_distributed=True),
+                process_group=self._group,
+                no_dist=self._group is None,
+            ),
+        )
         self._pending = writing
         if self._world.is_main:  # its part ends when those of all ranks have
             self._pending = self._executor.submit(self._commit, writing, fresh, final)
@@ -137,16 +138,15 @@ def load_tensors(path: Path, tensors: dict[str, Any], world: World) -> None:
     Raises:
         ValueError: the checkpoint lacks one of them, or has it in another shape.
     """
-    with _quiet():
-        try:
-            load(
-                tensors,
-                storage_reader=HuggingFaceStorageReader(str(path)),
-                no_dist=world.size == 1,
-            )
-        except CheckpointException as error:
-            reason = next(iter(error.failures.values()))[0]
-            raise ValueError(f"{path}: found no checkpoint of this run's model: {reason}") from None
+    try:
+        load(
+            tensors,
+            storage_reader=HuggingFaceStorageReader(str(path)),
+            no_dist=world.size == 1,
+        )
+    except CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        raise ValueError(f"{path}: found no checkpoint of this run's model: {reason}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -174,11 +174,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warning that a single process is a single process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
