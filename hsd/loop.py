@@ -74,6 +74,15 @@ class Session:
         if self.run:
             self.run.checkpoint(self.trainer.policy.model, self.trainer.tokenizer)
 
+    def evaluate_if_due(self) -> None:
+        """Accuracy before training, and every few steps."""
+        done, config = self.position.step, self.trainer.config
+        every = config.evaluation.every
+        if done == 0:
+            self.evaluate("before")
+        elif every and done % every == 0 and done < config.steps:
+            self.evaluate(f"step {done}")
+
     def evaluate(self, name: str) -> None:
         """Accuracy on the evaluation split, recorded; not twice, and not without an engine."""
         done = [each for each, _ in self.position.evaluations]
@@ -194,7 +203,7 @@ def _steps(session: Session) -> None:
     world = session.trainer.world
     alone = world.size == 1
     session.between = alone
-    session.evaluate("before")
+    session.evaluate_if_due()
     with StepProgress(
         session.console, steps=config.steps, label="training", done=position.step
     ) as progress:
@@ -211,9 +220,7 @@ def _steps(session: Session) -> None:
             stopping.check(world)
             session.between = alone
             stopping.hold = not alone
-            every = config.evaluation.every
-            if every and done % every == 0 and not last:
-                session.evaluate(f"step {done}")
+            session.evaluate_if_due()
     session.export()
     session.evaluate("after")
     session.between, stopping.hold = True, True

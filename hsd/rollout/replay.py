@@ -76,7 +76,7 @@ class Replay:
             if len(places) != group_size:
                 raise ReplayError(
                     f"{self._path}: found {len(places)} rollouts of a question of this step, "
-                    f"expected {group_size}: those of a run with the same recipe, seed and questions"
+                    f"expected {group_size}: those of a run of this recipe and seed"
                 )
             records = [self._read(*place) for place in places]
             groups.append([_rollout(record) for record in records])

@@ -45,7 +45,6 @@ STATEFUL = {
     "peers": {"source": "buffer"},
     "rollout": {"sampling_rounds": 2},
     "evaluation": {"samples": 2, "every": 2},
-    "warmup": {"steps": 4},
 }
 
 
