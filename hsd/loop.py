@@ -13,7 +13,7 @@ from rich.console import Console
 
 from hsd.config import Config
 from hsd.distributed.checkpoint import Checkpoints, whole_checkpoints
-from hsd.distributed.failure import is_first_to_fail, leave_at_once
+from hsd.distributed.failure import is_first_to_fail, leave_at_once, lost_another_rank
 from hsd.distributed.process import World, join_world, leave_world
 from hsd.evaluate import accuracy_table, evaluate
 from hsd.launch import Launch, parse_launch
@@ -319,10 +319,13 @@ def _run(launch: Launch, world: World, console: Console) -> int:
     except (NotFinite, ReplayError) as error:
         console.print(f"[red]stopped: {error}; the checkpoint has the last good weights")
         return 1
-    except Exception:
+    except Exception as error:
         if world.size == 1:
             raise
         if is_first_to_fail():
-            traceback.print_exc()
+            if lost_another_rank(error):
+                print_error(f"rank {world.rank} lost another rank")
+            else:
+                traceback.print_exc()
         return 1
     return 0

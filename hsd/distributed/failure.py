@@ -27,6 +27,12 @@ def is_first_to_fail() -> bool:
         return False
 
 
+def lost_another_rank(error: BaseException) -> bool:
+    """Whether an error only says that another rank is gone; torchrun names it and its end."""
+    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in lost)
+
+
 def leave_at_once(code: int) -> NoReturn:
     """Ends the process without closing anything in order, which could wait for ever for a rank.
 

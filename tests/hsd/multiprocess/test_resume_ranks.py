@@ -1,0 +1,118 @@
+"""A rank that dies ends the job at once, and any number of ranks goes on from its checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hsd.distributed.checkpoint import whole_checkpoints
+from hsd.metrics import read_json_lines
+
+pytestmark = pytest.mark.slow
+
+CHANGES = {
+    "steps": 4,
+    "checkpoint_every": 2,
+    "rollout": {"questions_per_step": 3},
+    "objective": {
+        "teacher": "ema",
+        "teacher_decay": 0.9,
+        "ref_refresh_every": 2,
+        "ref_refresh_decay": 0.5,
+        "ref_coef": 0.1,
+    },
+    "peers": {"source": "buffer"},
+    # AdamW divides by the gradient's size: a rounding difference of a gradient of almost nothing
+    # would become a whole step.
+    "optimizer": {"learning_rate": 1e-4},
+}
+
+
+def launch(ranks: int, *arguments: object, cache: Path) -> subprocess.Popen[str]:
+    environment = {
+        "HSD_CACHE": str(cache),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "CXX": "none",
+    }
+    module = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.Popen(
+        [*module, f"--nproc-per-node={ranks}", *map(str, arguments)],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def weights(run: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(run / "checkpoint")
+    return torch.cat([value.flatten() for value in model.state_dict().values()])
+
+
+def drawn(run: Path) -> list[tuple[Any, ...]]:
+    records = read_json_lines(run / "rollouts.jsonl")
+    return [(r["step"], r["question"], r["index"], r["token_ids"], r["peers"]) for r in records]
+
+
+def column(run: Path, name: str) -> list[float]:
+    return [r[name] for r in read_json_lines(run / "metrics.jsonl") if r["kind"] == "step"]
+
+
+@pytest.mark.parametrize(("how", "tracebacks"), [("killed", 0), ("broken", 1)])
+def test_a_rank_that_dies_ends_the_job_and_three_ranks_go_on(
+    how: str,
+    tracebacks: int,
+    tmp_path: Path,
+    make_recipe: Callable[..., Path],
+    run_hsd: Callable[..., int],
+) -> None:
+    recipe, run = make_recipe(tmp_path / "recipe", CHANGES), tmp_path / "run"
+    script = Path(__file__).with_name("dying_rank.py")
+    job = launch(2, script, how, run, recipe, cache=tmp_path / "cache")
+    _, err = job.communicate(timeout=240)
+    assert job.returncode != 0
+    assert time.time() - float((run / "died").read_text()) < 20
+    ours, _, report = err.partition("failed (exitcode")  # torchrun's own has one more
+    assert "Root Cause" in report
+    assert ours.count("Traceback (most recent call last)") == tracebacks, err
+    assert "Connection closed by peer" not in err
+    if how == "broken":
+        assert err.count("RuntimeError: rank 1 is broken") == 1, err
+        return
+    assert [step for step, _ in whole_checkpoints(run / "resume")] == [2]
+    more = launch(3, "-m", "hsd.train", "--resume", run, cache=tmp_path / "cache")
+    _, err = more.communicate(timeout=240)
+    assert more.returncode == 0, err
+    assert run_hsd("train", recipe, "--run-dir", tmp_path / "whole") == 0
+    assert drawn(run) == drawn(tmp_path / "whole")
+    for name in ("kl", "ref_kl", "grad_norm"):
+        assert column(run, name) == pytest.approx(column(tmp_path / "whole", name), rel=1e-3)
+    found, expected = weights(run), weights(tmp_path / "whole")
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_a_signal_to_one_rank_saves_and_ends_all(
+    tmp_path: Path, make_recipe: Callable[..., Path]
+) -> None:
+    recipe = make_recipe(tmp_path / "recipe", {**CHANGES, "steps": 400, "checkpoint_every": 0})
+    run = tmp_path / "run"
+    job = launch(2, "-m", "hsd.train", recipe, "--run-dir", run, cache=tmp_path / "cache")
+    metrics = run / "metrics.jsonl"
+    while job.poll() is None and (not metrics.exists() or len(read_json_lines(metrics)) < 3):
+        time.sleep(0.2)
+    job.send_signal(signal.SIGTERM)  # torchrun passes it on
+    _, err = job.communicate(timeout=60)
+    ((step, _),) = whole_checkpoints(run / "resume")
+    assert step >= 2
+    assert "hsd/" not in err, err  # no traceback of ours; torchrun has one of its own
