@@ -4,107 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from hsd.config import Config
 from hsd.distributed.checkpoint import Checkpoints, whole_checkpoints
 from hsd.distributed.failure import is_first_to_fail, leave_at_once, lost_another_rank
 from hsd.distributed.process import World, join_world, leave_world
-from hsd.evaluate import accuracy_table, evaluate
+from hsd.evaluate import accuracy_table
 from hsd.launch import Launch, parse_launch
-from hsd.metrics import StepProgress, sample_table
+from hsd.metrics import StepProgress
 from hsd.profiling import profiled
 from hsd.recipe import print_error, to_dict
-from hsd.resume import (
-    Position,
-    Questions,
-    own_state,
-    read_position,
-    restore,
-    shared_state,
-    tensors_of,
-)
+from hsd.resume import Position, Questions, read_position, restore
 from hsd.rollout.replay import ReplayError
 from hsd.run import STATES, RunFolder
-from hsd.scores import Evaluation, gain
+from hsd.scores import gain
+from hsd.session import Session
 from hsd.stopping import Stopped, Stopping
 from hsd.train import NotFinite, train_step
-from hsd.trainer import Trainer, prepare
+from hsd.trainer import prepare
 
 
 class UnusableInput(ValueError):
     """Task, model, run folder or replay cannot be used; the message says why."""
-
-
-@dataclass(kw_only=True)
-class Session:
-    """What a run has beside its trainer.
-
-    Attributes:
-        run: its folder, on the main rank.
-        between: the trainer is between two steps on every rank: its state can be saved.
-    """
-
-    launch: Launch
-    trainer: Trainer
-    run: RunFolder | None
-    console: Console
-    checkpoints: Checkpoints
-    position: Position
-    questions: Questions
-    stopping: Stopping
-    between: bool = True
-
-    def save(self) -> None:
-        """A checkpoint to resume from."""
-        self.checkpoints.save(
-            self.position.step,
-            tensors_of(self.trainer),
-            shared=shared_state(self.trainer, self.position),
-            own=own_state(),
-        )
-
-    def export(self) -> None:
-        """The weights as they are now, for from_pretrained."""
-        if self.run:
-            self.run.checkpoint(self.trainer.policy.model, self.trainer.tokenizer)
-
-    def evaluate_if_due(self) -> None:
-        """Accuracy before training, and every few steps."""
-        done, config = self.position.step, self.trainer.config
-        every = config.evaluation.every
-        if done == 0:
-            self.evaluate("before")
-        elif every and done % every == 0 and done < config.steps:
-            self.evaluate(f"step {done}")
-
-    def evaluate(self, name: str) -> None:
-        """Accuracy on the evaluation split, recorded; not twice, and not without an engine."""
-        done = [each for each, _ in self.position.evaluations]
-        if name in done or self.launch.replay:
-            return
-        # One rank must not leave an evaluation that the others go on with.
-        self.stopping.hold = not self.between
-        self.console.print(f"evaluating: {name} ...")
-        started = time.perf_counter()
-        result = _measure(self.trainer)
-        self.stopping.hold = True
-        if self.run:
-            split, seconds = self.trainer.config.evaluation.split, time.perf_counter() - started
-            record = {"split": split, **result.record(), "seconds": seconds}
-            self.run.metrics("evaluation", self.position.step, record)
-            self.position.files = self.run.position()
-        self.position.evaluations.append((name, result))
-        if name in ("before", "after"):
-            title = f"samples {name} training"
-            self.console.print(sample_table(result.samples, title=title))
-        if self.between:
-            self.stopping.check(self.trainer.world)
 
 
 def train(launch: Launch, world: World, console: Console) -> None:
@@ -208,7 +132,7 @@ def _steps(session: Session) -> None:
         session.console, steps=config.steps, label="training", done=position.step
     ) as progress:
         while position.step < config.steps:
-            session.between, stopping.hold = False, True
+            stopping.hold, session.between = True, False
             metrics = _step(session)
             progress.advance(metrics, step=position.step)
             done, last = position.step, position.step == config.steps
@@ -255,28 +179,11 @@ def _step(session: Session) -> dict[str, float]:
     return metrics
 
 
-def _measure(trainer: Trainer) -> Evaluation:
-    """Accuracy on the evaluation split."""
-    config = trainer.config
-    return evaluate(
-        trainer.engine,
-        trainer.tokenizer,
-        trainer.contexts,
-        getattr(trainer.task, config.evaluation.split),
-        trainer.verifiers.judge,
-        sampling=trainer.sampling,
-        samples=config.evaluation.samples,
-        seed=config.seed,
-        world=trainer.world,
-        shown=config.show_samples,
-    )
-
-
 def _report(session: Session) -> None:
     evaluations = session.position.evaluations
     if not evaluations:
         return
-    config: Config = session.trainer.config
+    config = session.trainer.config
     title = f"{config.evaluation.split} accuracy (95 % intervals over questions)"
     session.console.print(accuracy_table(evaluations, title=title))
     change, interval = gain(evaluations[0][1], evaluations[-1][1])

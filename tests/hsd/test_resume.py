@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hsd import loop, resume, train
+from hsd import loop, resume, session, train
 from hsd.data.peers import Attempt, PeerConfig, PeerPolicy
 from hsd.distributed.checkpoint import Checkpoints, load_tensors, whole_checkpoints
 from hsd.distributed.process import World
@@ -124,7 +124,7 @@ def test_a_signal_ends_the_step_and_the_run_resumes_bit_by_bit(
 def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(
     go: Go, run_hsd: RunHsd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = loop._measure
+    original = session._measure
     ended: list[bool] = []
 
     def signalled(trainer: Any) -> Any:
@@ -134,7 +134,7 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_measure", signalled)
+        patch.setattr(session, "_measure", signalled)
         status, run = go()
     assert (status, ended) == (143, [])
     assert run_hsd("train", "--resume", run) == 0

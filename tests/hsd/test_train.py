@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hsd import loop, train, trainer
+from hsd import loop, session, train, trainer
 from hsd.data.questions import question_stream
 from hsd.metrics import JsonLines, read_json_lines
 from hsd.recipe import config_from_dict, parse_arguments
@@ -398,7 +398,7 @@ def test_an_interrupt_leaves_a_checkpoint_and_whole_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patch:
-        interrupt_at(patch, name, call, module=loop if name == "_measure" else train)
+        interrupt_at(patch, name, call, module=session if name == "_measure" else train)
         status, run = go()
     assert status == 130
     assert len(steps(run)) == done

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hsd.distributed.checkpoint import whole_checkpoints
@@ -116,3 +117,23 @@ def test_a_signal_to_one_rank_saves_and_ends_all(
     ((step, _),) = whole_checkpoints(run / "resume")
     assert step >= 2
     assert "hsd/" not in err, err  # no traceback of ours; torchrun has one of its own
+
+
+def test_shards_of_two_ranks_become_shards_of_three(
+    tmp_path: Path, make_model: Callable[..., Any]
+) -> None:
+    model = make_model("llama")
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "saved").mkdir()
+    for ranks, mode in ((2, "write"), (3, "read")):
+        job = launch(
+            ranks, Path(__file__).with_name("shard_rank.py"), tmp_path, mode, cache=tmp_path
+        )
+        _, err = job.communicate(timeout=240)
+        assert job.returncode == 0, err
+    written, read = (load_file(tmp_path / f"{mode}.safetensors") for mode in ("write", "read"))
+    before = model.state_dict()
+    for name, value in written.items():
+        change = (value - before[name]).norm()
+        assert change > 0
+        assert (read[name] - value).norm() <= 1e-4 * change
