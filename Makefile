@@ -13,13 +13,14 @@ INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check 
 SOURCES = pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser test-kernels compiled lint format clean
+.PHONY: help demo test test-browser test-kernels test-kills compiled lint format clean
 
 help:
 	@echo 'make demo       train a small language model with the quickstart recipe'
 	@echo 'make test       lint, type-check and test'
 	@echo 'make test-browser  test the pages of hsd credit in a headless Chromium'
 	@echo 'make test-kernels  the whole grid of the Triton kernels, interpreted; takes an hour'
+	@echo 'make test-kills  kill a training run twenty times and resume it; takes minutes'
 	@echo 'make compiled   compile every Triton kernel for NVIDIA and AMD; needs no GPU'
 	@echo 'make lint       lint and type-check only'
 	@echo 'make format     format the code and apply the safe fixes of the linter'
@@ -51,6 +52,10 @@ chromium:
 
 test-kernels: $(VENV)/.stamp-test
 	HSD_FULL_GRID=1 $(VENV)/bin/python -m pytest tests/kernels/test_triton_rows.py --timeout 0 $(ARGS)
+
+test-kills: $(VENV)/.stamp-test
+	HSD_KILLS=20 $(VENV)/bin/python -m pytest tests/hsd/test_resume.py \
+		tests/hsd/multiprocess/test_resume_ranks.py --timeout 0 $(ARGS)
 
 compiled: $(VENV)/.stamp-test
 	$(VENV)/bin/python -m benchmarks.compiled --all $(ARGS)

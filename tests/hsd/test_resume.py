@@ -28,7 +28,7 @@ Go = Callable[..., tuple[int, Path]]
 
 ALONE = World(rank=0, size=1)
 TIMINGS = {"seconds", "rollout_seconds", "update_seconds", "tokens_per_second"}
-KILLS = int(os.environ.get("HSD_KILLS", "3"))
+KILLS = int(os.environ.get("HSD_KILLS", "2"))
 
 # Everything that a step leaves for later ones: two averages, momentum, a buffer, the stream.
 STATEFUL = {

@@ -1,7 +1,4 @@
-"""One rank of test_resume_ranks.py: steps of a sharded model, saved by some ranks, read by others.
-
-Arguments: folder, "write" or "read".
-"""
+"""Steps of a sharded model, saved by two ranks and continued by three; the argument is a folder."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from forked import run_ranks
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -18,12 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from hsd.data.peers import PeerConfig, PeerPolicy
 from hsd.distributed.checkpoint import Checkpoints, whole_checkpoints
-from hsd.distributed.process import join_world, leave_world
+from hsd.distributed.process import World, join_world
 from hsd.resume import Position, own_state, restore, shared_state, tensors_of
 from hsd.trainer import Trainer
 
-folder, mode = Path(sys.argv[1]), sys.argv[2]
-world = join_world()
+folder = Path(sys.argv[1])
 
 
 def sharded() -> Any:
@@ -33,40 +30,54 @@ def sharded() -> Any:
     return fully_shard(model)
 
 
-def steps(count: int) -> None:
+def sharded_trainer(world: World) -> Trainer:
+    model, initial = sharded(), sharded()
+    parts = {
+        "world": world,
+        "policy": SimpleNamespace(model=model, initial=initial, teacher=model),
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
+        "peers": PeerPolicy(PeerConfig(), seed=0),
+        "engine": SimpleNamespace(update_weights=lambda *_, **__: None),
+    }
+    return cast("Trainer", SimpleNamespace(**parts))
+
+
+def step(trainer: Trainer, number: int) -> None:
     """The same rows on every rank: their mean gradient does not depend on the number of ranks."""
-    for step in range(count):
-        rows = torch.randint(256, (2, 6), generator=torch.Generator().manual_seed(step))
-        model(input_ids=rows, labels=rows).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    rows = torch.randint(256, (2, 6), generator=torch.Generator().manual_seed(number))
+    model: Any = trainer.policy.model
+    model(input_ids=rows, labels=rows).loss.backward()
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
 
 
-model, initial = sharded(), sharded()
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-trainer = cast(
-    "Trainer",
-    SimpleNamespace(
-        world=world,
-        policy=SimpleNamespace(model=model, initial=initial, teacher=model),
-        optimizer=optimizer,
-        peers=PeerPolicy(PeerConfig(), seed=0),
-        engine=SimpleNamespace(update_weights=lambda *_, **__: None),
-    ),
-)
-if mode == "write":
-    steps(2)
-    checkpoints = Checkpoints(folder / "saved", world, keep=1)
+def save_whole(trainer: Trainer, name: str) -> None:
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole = get_model_state_dict(trainer.policy.model, options=options)
+    if trainer.world.is_main:
+        save_file({k: v.contiguous() for k, v in whole.items()}, folder / f"{name}.safetensors")
+
+
+def write() -> int:
+    trainer = sharded_trainer(join_world())
+    checkpoints = Checkpoints(folder / "saved", trainer.world, keep=1)
+    step(trainer, 0)
+    step(trainer, 1)
     state = shared_state(trainer, Position(step=2))
     checkpoints.save(2, tensors_of(trainer), shared=state, own=own_state())
-    steps(1)  # while it is written
+    step(trainer, 2)  # while it is written
     checkpoints.close()
-else:
+    save_whole(trainer, "write")
+    return 0
+
+
+def read() -> int:
+    trainer = sharded_trainer(join_world())
     restore(trainer, whole_checkpoints(folder / "saved")[-1][1])
-    steps(1)
-whole = get_model_state_dict(
-    model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-)
-if world.is_main:
-    save_file({k: v.contiguous() for k, v in whole.items()}, folder / f"{mode}.safetensors")
-leave_world(world)
+    step(trainer, 2)
+    save_whole(trainer, "read")
+    return 0
+
+
+run_ranks(2, write)
+run_ranks(3, read)
