@@ -52,11 +52,7 @@ class Replay:
             for number, line in enumerate(file, start=1):
                 record = self._parse(number, line)
                 key = stream_seed("rollout", seed, record["step"] - 1, record["question"])
-                places = self._places.setdefault(key, [])
-                if record["index"] != len(places):
-                    found = f"index {record['index']} of question {record['question']!r}"
-                    raise ValueError(f"{path}:{number}: found {found}, expected {len(places)}")
-                places.append((number, offset))
+                self._add(self._places.setdefault(key, []), record, number, offset)
                 offset += len(line)
         if not self._places:
             raise ValueError(f"{path}: found no rollout, expected at least one line")
@@ -101,6 +97,24 @@ class Replay:
 
     def close(self) -> None:
         """Nothing is open."""
+
+    def _add(
+        self, places: list[tuple[int, int]], record: Mapping[str, Any], number: int, offset: int
+    ) -> None:
+        """A rollout's place, once: a question that a step drew twice has the same ones twice."""
+        where, index = f"{self._path}:{number}", record["index"]
+        if index > len(places):
+            found = f"index {index} of question {record['question']!r}"
+            raise ValueError(f"{where}: found {found}, expected {len(places)}")
+        if index == len(places):
+            places.append((number, offset))
+            return
+        first = self._read(*places[index])
+        if (_rollout(first), first["outcome"]) != (_rollout(record), record["outcome"]):
+            line = places[index][0]
+            raise ValueError(
+                f"{where}: found another rollout than in line {line}, expected the same"
+            )
 
     def _read(self, number: int, offset: int) -> Mapping[str, Any]:
         with self._path.open("rb") as file:

@@ -47,6 +47,15 @@ def test_a_group_comes_back_as_it_was_recorded_and_judged(tmp_path: Path) -> Non
     assert outcomes == [Outcome.TIMEOUT, Outcome.CORRECT]
 
 
+def test_a_question_that_a_step_drew_twice_is_recorded_twice(tmp_path: Path) -> None:
+    group = [RECORD, {**RECORD, "index": 1}]
+    replay = Replay(write(tmp_path / "r.jsonl", *group, *group), seed=5, vocab_size=3)
+    seeds = [stream_seed("rollout", 5, 0, "train:3")] * 2
+    sampling = Sampling(max_new_tokens=2)
+    first, second = replay.generate([[0], [0]], seeds=seeds, group_size=2, sampling=sampling)
+    assert first == second and len(first) == 2
+
+
 @pytest.mark.parametrize("other", [{"seed": 4}, {"step": 1}, {"group_size": 1}], ids=str)
 def test_what_was_not_recorded_is_not_replayed(other: dict[str, int], tmp_path: Path) -> None:
     asked = {"seed": 5, "step": 0, "group_size": 2, **other}
@@ -79,7 +88,9 @@ def test_what_was_not_recorded_is_not_replayed(other: dict[str, int], tmp_path: 
         ({"finish_reason": ["stop"]}, "finish_reason: stop or length"),
         ({"policy_version": 0.5}, "policy_version: an integer >= 0"),
         ({"outcome": {}}, "outcome: correct, wrong, error, timeout"),
-        ({"index": 0}, "found index 0 of question 'train:3', expected 1"),
+        ({"index": 2}, "found index 2 of question 'train:3', expected 1"),
+        ({"index": 0, "token_ids": [2, 2]}, "found another rollout than in line 1"),
+        ({"index": 0, "outcome": "wrong"}, "found another rollout than in line 1"),
     ],
     ids=str,
 )

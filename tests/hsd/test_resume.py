@@ -43,7 +43,7 @@ STATEFUL = {
         "group_filter": "mixed",
     },
     "peers": {"source": "buffer"},
-    "rollout": {"sampling_rounds": 2},
+    "rollout": {"questions_per_step": 6, "group_size": 3, "sampling_rounds": 2},
     "evaluation": {"samples": 2, "every": 2},
 }
 
@@ -316,7 +316,7 @@ def test_a_replay_of_another_run_is_one_line(
     status, _ = go("--replay", trained_run / "rollouts.jsonl", "--seed", 3)
     assert status == 1
     out = " ".join(capsys.readouterr().out.split())
-    assert "found 0 rollouts of a question of this step, expected 4" in out
+    assert "found 0 rollouts of a question of this step, expected 3" in out
 
 
 def test_profile_writes_the_trace_of_a_step_with_its_memory(go: Go) -> None:
