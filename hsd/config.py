@@ -16,6 +16,7 @@ from hsd.data.task_configs import ArithmeticTask, TaskConfig
 from hsd.distributed.config import ShardingConfig
 from hsd.logs.config import LoggingConfig
 from hsd.objective.config import ObjectiveConfig
+from hsd.recovery import RecoveryConfig
 from hsd.rollout.config import EngineConfig
 
 
@@ -189,6 +190,7 @@ class Config:
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     credit: CreditConfig = field(default_factory=CreditConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
 
     def __post_init__(self) -> None:
         require("seed", self.seed, 0 <= self.seed < 2**31, "0 to 2^31 - 1")

@@ -26,6 +26,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+OWN_OPTIONS = "[--dry-run] [--replay FILE] [--profile]"
+
 Arguments = TypeVar("Arguments")
 
 
@@ -95,7 +97,7 @@ def parse_arguments(argv: Sequence[str], *, prog: str) -> tuple[Config, bool]:
     dry_run = "--dry-run" in words
     words = [word for word in words if word != "--dry-run"]
     if not words or words[0] in ("-h", "--help"):
-        tyro.cli(Config, prog=f"{prog} RECIPE [--base RECIPE] [--dry-run]", args=["--help"])
+        tyro.cli(Config, prog=f"{prog} RECIPE [--base RECIPE] {OWN_OPTIONS}", args=["--help"])
     if words[0].startswith("-"):
         fail(f"RECIPE: found {words[0]!r}, expected the path of a recipe first")
     path, root = Path(words[0]), _take_base(words)
@@ -167,8 +169,13 @@ def _unused(path: Path) -> Path:
 
 def fail(message: str) -> NoReturn:
     """Ends the program: one line on stderr, exit code 2."""
-    print(f"hsd: error: {' '.join(message.split())}", file=sys.stderr)
+    print_error(message)
     raise SystemExit(2)
+
+
+def print_error(message: str) -> None:
+    """One line on stderr."""
+    print(f"hsd: error: {' '.join(message.split())}", file=sys.stderr)
 
 
 def _read(path: Path, seen: tuple[Path, ...], root: Path | None = None) -> dict[str, Any]:
