@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -114,7 +114,8 @@ def _policy(config: Config, model: PreTrainedModel, dtype: torch.dtype) -> Polic
         if sharding.compile_layers:
             compile_layers(model)
         return policy
-    model.to(sharding_device())  # for the engine
+    for_engine: Any = model
+    for_engine.to(sharding_device())
     mesh = sharding_mesh()
     load = partial(
         load_sharded, policy_directory(config.model.name), sharding, mesh, compute_dtype=dtype
