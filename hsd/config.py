@@ -14,6 +14,7 @@ from hsd.data.peers import PeerConfig
 from hsd.data.tasks import ArithmeticTask, TaskConfig
 from hsd.distributed.config import ShardingConfig
 from hsd.objective.config import ObjectiveConfig
+from hsd.rollout.config import EngineConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +178,7 @@ class Config:
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
     peers: PeerConfig = field(default_factory=PeerConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -208,6 +210,12 @@ class Config:
             steps,
             steps == 0 or self.sharding.mode == "none",
             "0 with sharding.mode 'full': every rank would hold the whole model",
+        )
+        require(
+            "rollout.top_p",
+            rollout.top_p,
+            self.engine.kind == "hf" or rollout.top_p == 1 or rollout.temperature == 1,
+            "1 beside a temperature that is not: vLLM reports log-probs before both or after both",
         )
         updates, questions = self.optimizer.updates_per_step, rollout.questions_per_step
         require(

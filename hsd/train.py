@@ -32,6 +32,7 @@ from hsd.policy.optimizer import clipped_step, learning_rate
 from hsd.policy.teachers import after_update
 from hsd.recipe import fail, parse_arguments, to_dict
 from hsd.rollout.groups import Group, GroupSampler, choose_peers, step_totals
+from hsd.rollout.protocol import EngineError
 from hsd.run import RunFolder
 from hsd.scores import Evaluation, gain
 from hsd.trainer import Trainer, prepare
@@ -90,6 +91,7 @@ def train_step(
         world=world,
     )
     groups = sampler.sample(stream, step)
+    trainer.engine.sleep()
     kept = [group for group in groups if group.place >= 0]
     sampled = time.perf_counter()
 
@@ -124,6 +126,7 @@ def train_step(
         "rollout_seconds": sampled - started,
         "update_seconds": ended - sampled,
         "tokens_per_second": metrics["generated_tokens"] / (ended - started),
+        **trainer.engine.health(),
     }
     judged = sorted(world.gather(judged), key=lambda pair: pair[0].place)
     trainer.peers.remember(attempt for group, _ in judged for attempt in group.attempts)
@@ -186,6 +189,7 @@ def train(config: Config, world: World, console: Console) -> None:
     try:
         _steps(trainer, run, console)
     finally:
+        trainer.engine.close()
         trainer.verifiers.close()
         if trainer.verifiers.last_error:
             console.print(f"a verifier failed: {trainer.verifiers.last_error}", markup=False)
@@ -261,7 +265,7 @@ def main(argv: list[str]) -> int:
         return 130
     except UnusableInput as error:
         fail(str(error))
-    except FloatingPointError as error:
+    except (FloatingPointError, EngineError) as error:
         console.print(f"[red]stopped: {error}; the checkpoint has the last good weights")
         return 1
     finally:

@@ -23,7 +23,7 @@ from hsd.policy.load import load_policy, policy_directory
 from hsd.policy.optimizer import adamw
 from hsd.policy.precision import compute_dtype
 from hsd.policy.teachers import Policy, make_policy
-from hsd.rollout.hf import HfEngine
+from hsd.rollout.engines import check_engine, make_engine
 from hsd.rollout.protocol import RolloutEngine, Sampling
 from hsd.warmup import warm_up
 
@@ -48,12 +48,7 @@ class Trainer:
 
     @property
     def sampling(self) -> Sampling:
-        rollout = self.config.rollout
-        return Sampling(
-            max_new_tokens=rollout.max_new_tokens,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-        )
+        return _sampling(self.config)
 
 
 def prepare(config: Config, world: World, console: Console) -> Trainer:
@@ -78,6 +73,21 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
                 config, model, tokenizer, head, task.train, compute_dtype=dtype, console=console
             )
         )
+    sampling = _sampling(config)
+    engine = make_engine(config, model, tokenizer, sampling=sampling, world=world)
+    try:
+        gap = check_engine(
+            engine,
+            model,
+            contexts.student(task.train[0]),
+            sampling=sampling,
+            dtype=dtype,
+            tolerance=config.engine.tolerance,
+        )
+    except BaseException:
+        engine.close()
+        raise
+    console.print(f"engine {config.engine.kind}: log-probs {gap:.2g} nats from the trainer's")
     policy = _policy(config, model, dtype)
     return Trainer(
         config=config,
@@ -86,9 +96,7 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
         tokenizer=tokenizer,
         contexts=contexts,
         peers=PeerPolicy(config.peers, seed=config.seed),
-        engine=HfEngine(
-            model, tokenizer, compute_dtype=dtype, batch_rows=config.rollout.batch_rows
-        ),
+        engine=engine,
         verifiers=VerifierPool(
             task.verify,
             workers=config.verifier.workers or world.share_of_cores(),
@@ -126,4 +134,13 @@ def _policy(config: Config, model: PreTrainedModel, dtype: torch.dtype) -> Polic
         compute_dtype=dtype,
         # Gathered in the compute dtype anyway: what never moves is kept in it.
         copy_of=lambda _, moves: load(frozen=True, dtype=torch.float32 if moves else dtype),
+    )
+
+
+def _sampling(config: Config) -> Sampling:
+    rollout = config.rollout
+    return Sampling(
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
     )

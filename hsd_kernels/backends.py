@@ -1,11 +1,9 @@
-"""What differs between the backends: row kernels, dtypes of operands, buffers, matrix products."""
+"""What differs between the backends: row kernels and matrix products."""
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,37 +15,15 @@ from hsd_kernels.rows.partials import finish, merge
 from hsd_kernels.rows.torch_rows import row_kernels
 
 
-@dataclass(frozen=True, kw_only=True)
-class Device:
-    """How a backend works.
-
-    Attributes:
-        kernels: of rows.
-        operand_dtype: of heads, hidden states and logit gradients in matrix products. Logits and
-            gradients of parameters are formed in the compute dtype whatever it is.
-        new_rows: (rows, columns, dtype) -> an uninitialised chunk buffer.
-    """
-
-    kernels: RowKernels
-    operand_dtype: torch.dtype
-    new_rows: Callable[[int, int, torch.dtype], Tensor]
-
-
-def device_of(problem: Problem, *, fused: bool) -> Device:
-    """The backend that a problem's settings name.
+def kernels_of(problem: Problem, *, fused: bool) -> RowKernels:
+    """The row kernels of the backend that a problem's settings name.
 
     Raises:
         ValueError: it cannot run these tensors here.
     """
     device = problem.student.device
     if problem.settings.backend == "cpu":
-        return Device(
-            kernels=row_kernels(fused=fused),
-            operand_dtype=problem.compute_dtype,
-            new_rows=lambda rows, columns, dtype: torch.empty(
-                (rows, columns), dtype=dtype, device=device
-            ),
-        )
+        return row_kernels(fused=fused)
     if problem.student.dtype == torch.float64:
         raise ValueError("backend: found 'triton' with float64, expected 'cpu' or 'reference'")
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -61,22 +37,12 @@ def device_of(problem: Problem, *, fused: bool) -> Device:
         raise ValueError(
             "backend: found 'triton' without triton, which comes with the GPU builds of torch"
         ) from None
-    return Device(
-        kernels=RowKernels(
-            partials=triton_rows.row_partials,
-            mixture=triton_rows.row_mixture,
-            grad=triton_rows.row_grad,
-            stats=_merged_statistics,
-        ),
-        operand_dtype=problem.student.dtype,
-        new_rows=functools.partial(_pitched, device),
+    return RowKernels(
+        partials=triton_rows.row_partials,
+        mixture=triton_rows.row_mixture,
+        grad=triton_rows.row_grad,
+        stats=_merged_statistics,
     )
-
-
-def _pitched(device: torch.device, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    from hsd_kernels.rows.triton_rows import row_buffer
-
-    return row_buffer(rows, columns, dtype=dtype, device=device)
 
 
 def _merged_statistics(spec: RowSpec, x: RowInputs) -> Tensor:

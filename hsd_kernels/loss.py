@@ -11,11 +11,11 @@ from hsd_kernels import reference
 from hsd_kernels.arguments import check
 from hsd_kernels.ops import solved
 from hsd_kernels.outputs import LossOutput, output
-from hsd_kernels.pipeline import Wanted
 from hsd_kernels.plan import Plan, record
 from hsd_kernels.problem import Problem
 from hsd_kernels.statistics import STATISTICS
 from hsd_kernels.token_losses import Divergence
+from hsd_kernels.workspace import Wanted
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

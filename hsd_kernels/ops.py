@@ -8,18 +8,22 @@ the statistics. Both take a `Problem` apart, because an op takes tensors, number
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import active_fake_mode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hsd_kernels.checks import check_values, poison
+from hsd_kernels.op_arguments import arguments_of, problem_of
 from hsd_kernels.parallel import shard_of
-from hsd_kernels.pipeline import Wanted, solve
+from hsd_kernels.pipeline import solve
 from hsd_kernels.plan import Plan, record
-from hsd_kernels.problem import Problem, Settings, Side
+from hsd_kernels.problem import Problem
 from hsd_kernels.statistics import DIFFERENTIABLE, STATISTICS
+from hsd_kernels.workspace import Wanted, simulate
 
 OUTPUTS = (
     "loss",
@@ -35,67 +39,6 @@ OUTPUTS = (
 """Of `hsd_kernels::solve`; what a call has not is an empty tensor."""
 
 _PLAN_FIELDS = len(Plan.__dataclass_fields__)
-
-
-def arguments_of(problem: Problem) -> dict[str, Any]:
-    """A problem as arguments of the ops, wanted gradients apart."""
-    arguments: dict[str, Any] = {
-        "student": problem.student,
-        "weight": problem.weight,
-        "bias": problem.bias,
-        "targets": problem.targets,
-        "input_names": ",".join(problem.inputs),
-        "input_values": list(problem.inputs.values()),
-        "temperature": problem.temperature,
-        "kl_temperature": problem.kl_temperature,
-        "teacher_temperature": problem.teacher_temperature,
-        "weight_grad_out": problem.weight_grad_out,
-    }
-    for name in ("teacher", "reference"):
-        side: Side | None = getattr(problem, name)
-        own = side is not None and not side.shared_head
-        arguments[name] = None if side is None else side.hidden
-        arguments[f"{name}_weight"] = side.weight if side is not None and own else None
-        arguments[f"{name}_bias"] = side.bias if side is not None and own else None
-    settings = problem.settings
-    for name in Settings.__dataclass_fields__:
-        arguments[name] = getattr(settings, name)
-    # An empty list would pass for a list of tensors, which autograd wants gradients of.
-    arguments["loss_scalars"] = list(settings.loss_scalars) or [0.0]
-    return arguments
-
-
-def _problem(a: Mapping[str, Any]) -> Problem:
-    """The inverse of `arguments_of`."""
-
-    def side(name: str) -> Side | None:
-        if a[name] is None:
-            return None
-        shared = a[f"{name}_weight"] is None
-        weight, bias = a["weight"].detach(), a["bias"]
-        return Side(
-            hidden=a[name],
-            weight=weight if shared else a[f"{name}_weight"],
-            bias=(None if bias is None else bias.detach()) if shared else a[f"{name}_bias"],
-            shared_head=shared,
-        )
-
-    settings = {name: a[name] for name in Settings.__dataclass_fields__}
-    settings["loss_scalars"] = tuple(a["loss_scalars"])
-    return Problem(
-        student=a["student"],
-        weight=a["weight"],
-        bias=a["bias"],
-        teacher=side("teacher"),
-        reference=side("reference"),
-        targets=a["targets"],
-        inputs=dict(zip(a["input_names"].split(","), a["input_values"], strict=True)),
-        temperature=a["temperature"],
-        kl_temperature=a["kl_temperature"],
-        teacher_temperature=a["teacher_temperature"],
-        weight_grad_out=a["weight_grad_out"],
-        settings=Settings(**settings),
-    )
 
 
 def _checked(problem: Problem) -> Problem:
@@ -155,7 +98,7 @@ def _solve(
     # An outer autocast would round the logits.
     with torch.autocast(student.device.type, enabled=False):
         solution = solve(
-            _checked(_problem(arguments)), Wanted(want_student, want_weight, want_bias)
+            _checked(problem_of(arguments)), Wanted(want_student, want_weight, want_bias)
         )
 
     def given(gradient: Tensor | None) -> Tensor:
@@ -186,6 +129,9 @@ def _fake(student: Tensor, weight: Tensor, *_arguments: Any, **named: Any) -> tu
     a = dict(zip(_PARAMETERS, (student, weight, *_arguments), strict=False)) | named
     count, dtype = student.shape[0], a["temperature"].dtype
     own_gradient = a["want_weight"] and a["weight_grad_out"] is None
+    # Held until the outputs are there, as in the op itself: a memory tracker sees both.
+    wanted = Wanted(a["want_student"], a["want_weight"], a["want_bias"])
+    _workspace = simulate(problem_of(a), wanted)
 
     def new(*shape: Any) -> Tensor:
         return student.new_empty(shape, dtype=dtype)
@@ -207,6 +153,26 @@ statistics_op = torch.library.custom_op("hsd_kernels::statistics", _solve, mutat
 solve_op.register_fake(_fake)
 statistics_op.register_fake(_fake)
 solve_into_op.register_fake(_fake)
+
+
+def show_workspace(tracker: type[TorchDispatchMode]) -> None:
+    """Lets a memory tracker see what the ops of a simulated call (FakeTensorMode) allocate.
+
+    A dispatch mode sees an op's outputs, not what happens inside. With this the workspace is shown
+    too, as if every row had a weight and no GPU kernel needed memory of its own.
+
+    Args:
+        tracker: the class of the mode, such as `torch.distributed._tools.mem_tracker.MemTracker`.
+    """
+
+    def inside(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if active_fake_mode() is None:
+            return mode.__torch_dispatch__(func, types, args, kwargs)
+        with mode:
+            return _fake(*args, **(kwargs or {}))
+
+    for op in (solve_op, solve_into_op, statistics_op):
+        op.register_torch_dispatch(tracker, inside)
 
 
 @torch.library.custom_op("hsd_kernels::scale", mutates_args=())

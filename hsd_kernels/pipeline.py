@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hsd_kernels.backends import Device, device_of, multiply, multiply_add
+from hsd_kernels.backends import kernels_of, multiply, multiply_add
 from hsd_kernels.differentiation import token_loss
 from hsd_kernels.parallel import Shard, shard_of
 from hsd_kernels.passes import (
@@ -24,12 +24,19 @@ from hsd_kernels.passes import (
     provided_statistics,
     row_inputs,
 )
-from hsd_kernels.plan import Plan, RowGroup, plan_groups
-from hsd_kernels.problem import Problem, Side
-from hsd_kernels.rows.torch_rows import compiler_found
+from hsd_kernels.plan import Plan, RowGroup
+from hsd_kernels.problem import Problem
+from hsd_kernels.rows import RowKernels
 from hsd_kernels.sparse import kept_columns
 from hsd_kernels.statistics import STATISTICS, coefficients
 from hsd_kernels.top_k import TopK, most_likely
+from hsd_kernels.workspace import (
+    Wanted,
+    Workspace,
+    allocate,
+    operand_dtype,
+    plan_of,
+)
 
 
 @dataclass
@@ -49,22 +56,6 @@ class Solution:
     plan: Plan
 
 
-class Wanted(NamedTuple):
-    """Which gradients the caller needs."""
-
-    student: bool
-    weight: bool
-    bias: bool
-
-
-class Heads(NamedTuple):
-    """The heads' columns in use, in the operands' dtype."""
-
-    student: Tensor  # (V, D)
-    teacher: Tensor
-    reference: Tensor
-
-
 class Work(NamedTuple):
     """What every chunk of a call uses."""
 
@@ -72,10 +63,8 @@ class Work(NamedTuple):
     wanted: Wanted
     shard: Shard
     plan: Plan
-    device: Device
-    heads: Heads
-    buffers: Tensor  # (sides * rows_per_chunk, V) the logits of one chunk, all sides stacked
-    gradient: Tensor | None  # (rows_per_chunk, V) where it is narrower than the logits
+    kernels: RowKernels
+    memory: Workspace
 
 
 def solve(problem: Problem, wanted: Wanted) -> Solution:
@@ -87,23 +76,16 @@ def solve(problem: Problem, wanted: Wanted) -> Solution:
     device = problem.student.device
     shard = shard_of(settings.group, len(problem.weight), settings.vocab_size, device)
     groups = _groups(problem)
-    plan = _plan(problem, groups, wanted, shard)
-    backend = device_of(problem, fused=plan.fused)
+    counts = [RowGroup(group.rows.numel(), group.sides) for group in groups]
+    plan = plan_of(problem, counts, wanted, shard.largest)
     sides = max((group.sides for group in groups), default=1)
-    narrow = backend.operand_dtype != problem.compute_dtype
-
-    def rows_of(count: int, dtype: torch.dtype) -> Tensor:
-        return backend.new_rows(count * plan.rows_per_chunk, shard.columns, dtype)
-
     work = Work(
         problem=problem,
         wanted=wanted,
         shard=shard,
         plan=plan,
-        device=backend,
-        heads=_heads(problem, shard.columns, backend.operand_dtype),
-        buffers=rows_of(sides, problem.compute_dtype),
-        gradient=rows_of(1, backend.operand_dtype) if narrow and any(wanted) else None,
+        kernels=kernels_of(problem, fused=plan.fused),
+        memory=allocate(problem, wanted, plan, sides=sides, columns=shard.columns),
     )
     solution = _empty_solution(problem, wanted, plan)
     for group in groups:
@@ -131,40 +113,6 @@ def _groups(problem: Problem) -> list[Group]:
     return groups
 
 
-def _heads(problem: Problem, columns: int, dtype: torch.dtype) -> Heads:
-    def operand(side: Side | None) -> Tensor:
-        if side is None or side.shared_head:
-            return student
-        return side.weight[:columns].to(dtype)
-
-    student = problem.weight[:columns].detach().to(dtype)
-    return Heads(student, operand(problem.teacher), operand(problem.reference))
-
-
-def _plan(problem: Problem, groups: list[Group], wanted: Wanted, shard: Shard) -> Plan:
-    sides = [side for side in (problem.teacher, problem.reference) if side is not None]
-    settings = problem.settings
-    narrow = problem.weight.dtype != problem.compute_dtype
-    copied = settings.backend == "cpu" and narrow
-    return plan_groups(
-        [RowGroup(group.rows.numel(), group.sides) for group in groups],
-        problem.weight.shape[1],
-        max(shard.largest, 1),
-        temperatures=1 if settings.one_temperature else 2,
-        student_gradient=wanted.student,
-        weight_gradient=wanted.weight,
-        accumulated=problem.weight_grad_out is not None,
-        sparse=settings.sparse_tolerance is not None,
-        copied_heads=int(copied) * (1 + sum(not side.shared_head for side in sides)),
-        element_bytes=torch.finfo(problem.compute_dtype).bits // 8,
-        max_chunk_bytes=settings.max_chunk_bytes,
-        gradient_bytes=problem.weight.element_size() if narrow and not copied else 0,
-        compiled=compiler_found(),
-        backend=settings.backend,
-        precision=settings.precision,
-    )
-
-
 def _empty_solution(problem: Problem, wanted: Wanted, plan: Plan) -> Solution:
     count, hidden_size = problem.student.shape
     rows = problem.weight.shape[0]
@@ -186,8 +134,8 @@ def _empty_solution(problem: Problem, wanted: Wanted, plan: Plan) -> Solution:
 
 def _chunk(work: Work, group: Group, rows: Tensor, solution: Solution) -> None:
     """Everything for one chunk of rows; adds its share to `solution`."""
-    problem, kernels = work.problem, work.device.kernels
-    hidden = problem.student[rows].detach().to(work.device.operand_dtype)
+    problem, kernels = work.problem, work.kernels
+    hidden = problem.student[rows].detach().to(operand_dtype(problem))
     logits = _logits(work, group, rows, hidden)
     targets = None if problem.targets is None else work.shard.local_targets(problem.targets[rows])
     passes = chunk_passes(problem, group)
@@ -208,9 +156,10 @@ def _chunk(work: Work, group: Group, rows: Tensor, solution: Solution) -> None:
         return
 
     # Written in place where dtypes allow; a second pass goes first, to read the logits.
-    own = logits[0] if work.gradient is None else work.gradient[: rows.numel()]
-    new_rows = work.device.new_rows
-    targets_of = [own, *(new_rows(len(own), own.shape[1], own.dtype) for _ in passes[1:])]
+    own = logits[0] if work.memory.gradient is None else work.memory.gradient[: rows.numel()]
+    targets_of = [own]
+    if len(passes) == 2 and work.memory.second is not None:
+        targets_of.append(work.memory.second[: rows.numel()])
     for each, x, out, values in reversed(
         list(zip(passes, inputs, targets_of, computed, strict=True))
     ):
@@ -219,7 +168,8 @@ def _chunk(work: Work, group: Group, rows: Tensor, solution: Solution) -> None:
         mass = kernels.grad(each.spec, x, values, along, out)
     gradient, *others = targets_of
     for other in others:
-        mass = gradient.add_(other).abs().sum(-1, dtype=problem.compute_dtype)
+        total = gradient.add_(other)
+        mass = torch.linalg.vector_norm(total, ord=1, dim=-1, dtype=problem.compute_dtype)
     solution.mass[0, rows] = mass
     _accumulate(work, solution, gradient, hidden, rows)
 
@@ -229,7 +179,7 @@ def _logits(work: Work, group: Group, rows: Tensor, hidden: Tensor) -> list[Tens
 
     All that goes through one head is one GEMM.
     """
-    problem, heads, count = work.problem, work.heads, rows.numel()
+    problem, heads, count = work.problem, work.memory.heads, rows.numel()
     columns = work.shard.columns
     sides = [
         (side, head)
@@ -238,17 +188,17 @@ def _logits(work: Work, group: Group, rows: Tensor, hidden: Tensor) -> list[Tens
     ]
     # In the buffer, differences come right after the student: they share its GEMM.
     sides.sort(key=lambda pair: not as_difference(problem, pair[0]))
-    blocks = torch.split(work.buffers[: (1 + len(sides)) * count], count)
+    blocks = torch.split(work.memory.buffers[: (1 + len(sides)) * count], count)
     stacked = [hidden]
     for (side, head), block in zip(sides, blocks[1:], strict=True):
-        other = side.hidden[rows].to(work.device.operand_dtype)
+        other = side.hidden[rows].to(operand_dtype(problem))
         if as_difference(problem, side):
             stacked.append(hidden - other)
             continue
         multiply(other, head.t(), block)
         if side.bias is not None:
             block += side.bias[:columns]
-    multiply(torch.cat(stacked), heads.student.t(), work.buffers[: len(stacked) * count])
+    multiply(torch.cat(stacked), heads.student.t(), work.memory.buffers[: len(stacked) * count])
     if problem.bias is not None:
         blocks[0].add_(problem.bias[:columns].detach())
     if problem.settings.precision == "bf16_logits":
@@ -263,7 +213,7 @@ def _accumulate(
     work: Work, solution: Solution, gradient: Tensor, hidden: Tensor, rows: Tensor
 ) -> None:
     """The two backward GEMMs of a chunk, dX = G W and dW += G^T X: whole, or on kept columns."""
-    settings, head = work.problem.settings, work.heads.student
+    settings, head = work.problem.settings, work.memory.heads.student
     columns = None
     if settings.sparse_tolerance is not None:
         columns = kept_columns(

@@ -98,9 +98,10 @@ def plan_groups(
 ) -> Plan:
     """The plan for rows in groups; see `plan` for the arguments."""
     gradient = student_gradient or weight_gradient
-    buffers = max((group.sides for group in groups), default=1)
-    buffers += 1 if temperatures == 2 and gradient else 0
-    row_bytes = vocab_size * (buffers * element_bytes + (gradient_bytes if gradient else 0))
+    sides = max((group.sides for group in groups), default=1)
+    # One gradient for each reading; the last takes the place of the logits where it fits.
+    formed = temperatures * gradient_bytes or (temperatures - 1) * element_bytes
+    row_bytes = vocab_size * (sides * element_bytes + (formed if gradient else 0))
     default = DEFAULT_CHUNK_BYTES
     if backend == "triton":
         default = max(default, min(GPU_CHUNK_ROWS * row_bytes, GPU_CHUNK_BYTES))

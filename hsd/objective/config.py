@@ -46,6 +46,10 @@ class ObjectiveConfig:
             step's tokens; "constant": as "sequence" with rollout.max_new_tokens for the length.
         window: tokens past the divergence from the peer that keep the divergence in a failed
             rollout; one without a peer then has none. "none": the published form, all tokens.
+        importance_cap: tokens are weighted by min(trainer's / engine's probability, cap), for the
+            difference between the two; "none": they are not. A policy gradient has the ratio.
+        sequence_mask: rollouts whose probability per token differs between trainer and engine by
+            more than this factor, in the geometric mean, are left out; "none": they are not.
         max_chunk_bytes: of logits held at one time; None is the library's default.
     """
 
@@ -71,11 +75,17 @@ class ObjectiveConfig:
     pg_coef: Scalar = 1.0
     normalisation: Literal["sequence", "token", "token_global", "constant"] = "sequence"
     window: int | Literal["none"] = "none"
+    importance_cap: float | Literal["none"] = "none"
+    sequence_mask: float | Literal["none"] = "none"
     max_chunk_bytes: int | None = None
 
     @property
     def has_policy_gradient(self) -> bool:
         return self.token_loss != "divergence"
+
+    @property
+    def corrects_mismatch(self) -> bool:
+        return self.importance_cap != "none" or self.sequence_mask != "none"
 
     def __post_init__(self) -> None:
         for name in ("kl_coef", "ref_coef", "pg_coef"):
@@ -93,6 +103,9 @@ class ObjectiveConfig:
             require(f"objective.{name}", getattr(self, name), getattr(self, name) > 0, "> 0")
         window = self.window
         require("objective.window", window, window == "none" or window >= 0, ">= 0 or none")
+        for name in ("importance_cap", "sequence_mask"):
+            bound = getattr(self, name)
+            require(f"objective.{name}", bound, bound == "none" or bound >= 1, ">= 1 or none")
         chunk = self.max_chunk_bytes
         require("objective.max_chunk_bytes", chunk, chunk is None or chunk >= 1, ">= 1")
         self._require_applicable()
@@ -114,6 +127,11 @@ class ObjectiveConfig:
                 weighted,
                 "objective.token_loss = 'teacher_weighted'",
                 ("teacher_mix", "teacher_clip"),
+            ),
+            (
+                not gradient,
+                "objective.token_loss = 'divergence'",
+                ("importance_cap",),
             ),
             (self.overlong_tokens > 0, "objective.overlong_tokens", ("overlong_penalty",)),
             (self.ref_refresh_every > 0, "objective.ref_refresh_every", ("ref_refresh_decay",)),

@@ -16,6 +16,7 @@ from hsd.distributed.fsdp import (
     synchronise_head,
 )
 from hsd.objective.config import ObjectiveConfig
+from hsd.objective.mismatch import mismatch_factors
 from hsd.objective.schedule import value_at
 from hsd.objective.token_loss import (
     NEEDS_STATISTICS,
@@ -114,6 +115,16 @@ def _micro_batch(
         "temperature": temperature,
         "max_chunk_bytes": objective.max_chunk_bytes,
     }
+    if objective.corrects_mismatch:
+        own, _ = _log_probs(policy, student_hidden.detach(), others["teacher_hidden"], common)
+        weights = weights * mismatch_factors(
+            own - engine,
+            lengths,
+            weights != 0,
+            importance_cap=objective.importance_cap,
+            sequence_mask=objective.sequence_mask,
+        )
+        common["token_weights"] = weights
     terms = _divergence_terms(policy, objective, step, taught)
     gradient = PolicyGradient(arguments={})
     pg_coef = value_at(objective.pg_coef, step)

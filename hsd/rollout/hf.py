@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from hsd.distributed.fsdp import full_parameters
-from hsd.rollout.protocol import Rollout, Sampling
+from hsd.rollout.protocol import Rollout, Sampling, stop_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ class HfEngine:
     ) -> None:
         own: Any = copy.deepcopy(model)
         self._model: Any = own.to(compute_dtype).requires_grad_(False)
-        self._stop_ids = _stop_ids(model, tokenizer)
+        self._stop_ids = frozenset(stop_token_ids(model, tokenizer))
         self._batch_rows = batch_rows
         self._version = 0
         # The model's own defaults (top_k, repetition penalty) would change the policy unseen.
@@ -54,6 +54,15 @@ class HfEngine:
         for own, (_, new) in zip(self._model.parameters(), whole, strict=True):
             own.copy_(new)
         self._version = version
+
+    def sleep(self) -> None:
+        """Keeps its copy of the weights: it shares the trainer's device and memory."""
+
+    def health(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        """Has started nothing."""
 
     @torch.no_grad()
     def generate(
@@ -180,12 +189,6 @@ def _invert(logits: Tensor, uniform: Tensor, top_p: float) -> Tensor:
 def _uniform(seed: int, rows: int, columns: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.rand((rows, columns), generator=generator)
-
-
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    configured: Any = model.generation_config.eos_token_id if model.generation_config else None
-    ids = configured if isinstance(configured, list) else [configured]
-    return frozenset(int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None)
 
 
 def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,6 +45,10 @@ class Rollout:
     policy_version: int
 
 
+class EngineError(ConnectionError):
+    """An engine cannot be reached or started, or answers what cannot be used."""
+
+
 class RolloutEngine(Protocol):
     """Samples groups of rollouts from the weights it was given last."""
 
@@ -60,13 +64,36 @@ class RolloutEngine(Protocol):
         ...
 
     def update_weights(self, model: PreTrainedModel, *, version: int) -> None:
-        """Takes the policy's weights after `version` optimiser updates."""
+        """Takes the policy's weights after `version` optimiser updates, and wakes the engine."""
+        ...
+
+    def sleep(self) -> None:
+        """Frees what memory it can until the next `update_weights`; not all engines do."""
+        ...
+
+    def health(self) -> dict[str, float]:
+        """What to log of it in a step.
+
+        Raises:
+            EngineError: it cannot sample.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends what it started. It cannot be used afterwards."""
         ...
 
 
 def response_text(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> str:
     """What a verifier and a teacher read of a rollout: no special tokens."""
     return str(tokenizer.decode(list(rollout.token_ids), skip_special_tokens=True))
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a response: of the model's generation config, and of the tokenizer."""
+    configured: Any = model.generation_config.eos_token_id if model.generation_config else None
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
 def stream_seed(*parts: object) -> int:

@@ -13,10 +13,11 @@ import triton
 from torch import Tensor
 
 from hsd_kernels.rows import RowInputs, RowSpec, known_difference
+from hsd_kernels.rows.buffers import PITCH_MULTIPLE
 from hsd_kernels.rows.partials import Partial
 from hsd_kernels.rows.triton_gradient import column_mass_kernel, gradient_kernel
 from hsd_kernels.rows.triton_statistics import mixture_kernel, partials_kernel
-from hsd_kernels.rows.triton_tile import PITCH_MULTIPLE, Biases, Known
+from hsd_kernels.rows.triton_tile import Biases, Known
 from hsd_kernels.statistics import Coefficients
 
 TILE = 2048  # columns; 16 of each side a thread, so that several programs fit a multiprocessor
@@ -24,12 +25,6 @@ _WARPS = 4
 _ROW_BLOCK = 128  # rows of one sum of column masses
 _NO_BIASES = Biases()
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def row_buffer(rows: int, columns: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised (rows, columns) view of rows of the pitch that the kernels need."""
-    pitch = max(triton.cdiv(columns, PITCH_MULTIPLE), 1) * PITCH_MULTIPLE
-    return torch.empty((rows, pitch), dtype=dtype, device=device)[:, :columns]
 
 
 def row_partials(

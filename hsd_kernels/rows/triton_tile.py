@@ -18,9 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hsd_kernels.rows import triton_math as math
+from hsd_kernels.rows.buffers import PITCH_MULTIPLE
 from hsd_kernels.statistics import Row
-
-PITCH_MULTIPLE = 16  # elements; also what Triton can know of the divisibility of an integer
 
 
 @dataclass(frozen=True, kw_only=True)

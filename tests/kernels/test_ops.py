@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hsd_kernels import fused_hsd_loss, fused_token_loss, register_token_loss, vocab_statistics
 from hsd_kernels.arguments import check
-from hsd_kernels.ops import arguments_of
+from hsd_kernels.op_arguments import arguments_of
 
 LEARNED = ("student_hidden", "weight", "bias")
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hsd_kernels.reference import divergences, kl_divergence
 from hsd_kernels.rows import RowInputs, RowSpec, triton_rows
+from hsd_kernels.rows.buffers import row_buffer
 from hsd_kernels.rows.mixture import finish_mixture
 from hsd_kernels.rows.partials import finish, merge
 from hsd_kernels.rows.triton_tile import Biases
@@ -21,7 +22,7 @@ SIDES = ("student", "teacher", "reference")
 
 def pitched(values: Tensor, dtype: torch.dtype) -> Tensor:
     """`values` (C, V) in rows of the kernels' pitch; NaN in between, where it must not matter."""
-    buffer = triton_rows.row_buffer(*values.shape, dtype=dtype, device=values.device)
+    buffer = row_buffer(*values.shape, dtype=dtype, device=values.device)
     torch.as_strided(buffer, (len(buffer), buffer.stride(0)), buffer.stride()).fill_(torch.nan)
     return buffer.copy_(values)
 

@@ -1,0 +1,258 @@
+"""One optimiser update of the trainer against one of TRL's experimental SDPO trainer.
+
+    python -m benchmarks.update --out FILE [--tokens 1024] [--rounds 5]
+
+Compared: the same model, rollouts, teacher prompts and micro-batch (all rows in one), fp32, the
+loss KL(teacher, student) of a live teacher, mean over a rollout's tokens, then over rollouts; both
+forwards, loss, backward, clipping to the same norm, the same AdamW. TRL's part is its own
+`compute_loss` (distillation_mode="full_logits", distillation_alpha=0) on the batch it would have
+built: prompts padded on the left, responses on the right. Its generation is left out, as is ours.
+Rollouts are all distinct, so that merging equal ones, a gain of ours, plays no part.
+
+Not the same: the trainer also runs the reference's forward and its KL, which it reports, although
+the coefficient is 0. `reference_seconds` is that forward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import activations, machine, memory, timing
+from benchmarks.case import write
+from benchmarks.methods import FLOOR, METHODS, execute
+from benchmarks.work import Work
+from hsd.objective import step as objective_step
+from hsd.objective.config import ObjectiveConfig
+from hsd.objective.step import accumulate_gradients
+from hsd.policy.head import output_head, response_hidden
+from hsd.policy.load import load_policy
+from hsd.policy.optimizer import adamw, clipped_step
+from hsd.policy.packing import TrainingRow, pad_right
+from hsd.policy.teachers import Policy, make_policy
+
+RATE, MAX_NORM = 1e-6, 1.0
+HEAD_CHUNK = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """A model and how its gradient is formed."""
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    gradients: Callable[[], None]  # adds to the parameters' .grad
+
+    def update(self) -> None:
+        self.gradients()
+        clipped_step(
+            self.optimizer, self.model.parameters(), learning_rate=RATE, max_grad_norm=MAX_NORM
+        )
+
+    def clear(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def weighted(rows: Sequence[TrainingRow], tokens: int) -> list[TrainingRow]:
+    """The first rows with `tokens` response tokens, weighted as TRL does: a mean of means."""
+    chosen: list[TrainingRow] = []
+    for row in dict.fromkeys(rows):
+        if sum(len(each.response) for each in chosen) >= tokens:
+            break
+        chosen.append(row)
+    return [
+        dataclasses.replace(row, weights=(1 / len(row.response) / len(chosen),) * len(row.response))
+        for row in chosen
+    ]
+
+
+def ours(model: Any, rows: Sequence[TrainingRow]) -> tuple[Side, Policy]:
+    objective = ObjectiveConfig(teacher="live", ref_coef=0.0)
+    policy = make_policy(model, objective, compute_dtype=torch.float32)
+    budget = len(rows) * max(row.padded_length for row in rows)
+
+    def gradients() -> None:
+        accumulate_gradients(policy, rows, objective, micro_batch_tokens=budget, temperature=1.0)
+
+    side = Side(model=model, optimizer=adamw(model.parameters(), RATE), gradients=gradients)
+    return side, policy
+
+
+def trl(model: Any, tokenizer: Any, rows: Sequence[TrainingRow], folder: str) -> Side:
+    """TRL's trainer around the model, given the batch directly."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    from datasets import Dataset
+    from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
+
+    trainer = SDPOTrainer(
+        model=model,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=SDPOConfig(
+            output_dir=folder,
+            distillation_mode="full_logits",
+            distillation_alpha=0.0,
+            distillation_is_clip=None,
+            teacher_model_kind="live",
+            temperature=1.0,
+            per_device_train_batch_size=8,
+            num_generations=8,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": ["-"] * 8}),
+        processing_class=tokenizer,
+    )
+    model.eval()  # as ours; this model has no dropout, and TRL then divides by no accumulation
+    inputs = trl_batch(rows)
+
+    def gradients() -> None:
+        trainer.compute_loss(model, inputs).backward()
+
+    return Side(model=model, optimizer=adamw(model.parameters(), RATE), gradients=gradients)
+
+
+def trl_batch(rows: Sequence[TrainingRow]) -> dict[str, Tensor]:
+    """The tensors that TRL's `compute_loss` reads."""
+    prompt_ids, prompt_mask = _pad_left([row.student_prompt for row in rows])
+    hinted_ids, hinted_mask = _pad_left([row.teacher_prompt for row in rows])
+    completion_ids, completion_mask = pad_right([row.response for row in rows])
+    return {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completion_ids,
+        "completion_mask": completion_mask,
+        "teacher_input_ids": torch.cat([hinted_ids, completion_ids], 1),
+        "teacher_attention_mask": torch.cat([hinted_mask, completion_mask], 1),
+        "self_distillation_mask": torch.ones(len(rows)),
+    }
+
+
+def _pad_left(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    ids, mask = pad_right([sequence[::-1] for sequence in sequences])
+    return ids.flip(1), mask.flip(1)
+
+
+def gradient_difference(first: Side, second: Side) -> float:
+    """|g1 - g2| / |g2| over all parameters; leaves none behind."""
+    for side in (first, second):
+        side.gradients()
+    error = size = 0.0
+    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        error += float((a.grad.double() - b.grad.double()).square().sum())
+        size += float(b.grad.double().square().sum())
+    for side in (first, second):
+        side.clear()
+    return float((error / size) ** 0.5)
+
+
+def head_work(policy: Policy, rows: Sequence[TrainingRow]) -> Work:
+    """The head's part of the update as a work of its own."""
+    responses = [row.response for row in rows]
+    with torch.no_grad():
+        student, teacher = (
+            response_hidden(policy.model, prompts, responses, compute_dtype=torch.float32)
+            for prompts in (
+                [row.student_prompt for row in rows],
+                [row.teacher_prompt for row in rows],
+            )
+        )
+    return Work(
+        loss="forward_kl",
+        student=student,
+        teacher=teacher,
+        head=output_head(policy.model).weight.detach(),
+        targets=torch.tensor([token for row in rows for token in row.response]),
+    )
+
+
+class _Watched:
+    """Adds up the seconds inside the trainer's fused loss."""
+
+    def __enter__(self) -> _Watched:
+        self.seconds, self._loss = 0.0, objective_step.fused_hsd_loss
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            found: list[Any] = []
+            self.seconds += timing.seconds(lambda: found.append(self._loss(*arguments, **options)))
+            return found[0]
+
+        objective_step.fused_hsd_loss = watched
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        objective_step.fused_hsd_loss = self._loss
+
+
+def compare(rows: Sequence[TrainingRow], name: str, rounds: int) -> dict[str, Any]:
+    """The record of both sides."""
+    model, tokenizer = load_policy(name)
+    other, _ = load_policy(name)
+    side, policy = ours(model, rows)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = trl(other, tokenizer, rows, folder)
+        difference = gradient_difference(side, theirs)
+        for each in (side, theirs):
+            each.update()  # the optimiser's state is there from now on
+        work = head_work(policy, rows)
+        plain = next(m for m in METHODS if m.name == "torch")
+        prompts, responses = [r.student_prompt for r in rows], [r.response for r in rows]
+
+        @torch.no_grad()
+        def reference() -> None:
+            response_hidden(policy.initial, prompts, responses, compute_dtype=torch.float32)
+
+        seconds = timing.alternated(
+            {
+                "ours": side.update,
+                "trl": theirs.update,
+                "plain_head": lambda: execute(plain, work, 0),
+                "floor_head": lambda: execute(FLOOR, work, min(HEAD_CHUNK, work.shape[0])),
+                "reference": reference,
+            },
+            rounds=rounds,
+        )
+        with _Watched() as watched:
+            side.update()
+        parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+        peaks = {
+            label: memory.allocated(each.update) - parameters
+            for label, each in (("ours", side), ("trl", theirs))
+        }
+    return {
+        "kind": "update",
+        "rollouts": len(rows),
+        "response_tokens": work.shape[0],
+        "padded_tokens": len(rows) * max(row.padded_length for row in rows),
+        "gradient_difference": difference,
+        "seconds": seconds,
+        "head_seconds": watched.seconds,
+        "extra_bytes": peaks,  # above parameters, gradients and optimiser state
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=4096, help="response tokens")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, required=True)
+    a = parser.parse_args()
+    before = machine.described()
+    rows = weighted(activations.stored_rows(), a.tokens)
+    record = compare(rows, str(activations.model_path()), a.rounds)
+    write(a.out, record | {"machine": before})
+
+
+if __name__ == "__main__":
+    main()

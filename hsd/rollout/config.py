@@ -1,0 +1,112 @@
+"""The configuration of the rollout engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from hsd.checks import require
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+OWN_ARGUMENTS = (
+    "--host",
+    "--port",
+    "--dtype",
+    "--logprobs-mode",
+    "--generation-config",
+    "--enable-scale-out",
+    "--enable-sleep-mode",
+    "--weight-transfer-config",
+)
+"""Arguments of `vllm serve` that the trainer sets itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What samples the rollouts; docs/engines.md.
+
+    Args:
+        kind: "hf", transformers' generate in this process; "vllm", servers over HTTP, of this
+            machine; "vllm_colocated", vLLM in this process, on the trainer's own GPU.
+        tolerance: nats; how far the engine's log-probs may be from the trainer's at the start,
+            in the mean over the tokens of a fixed prompt's rollouts.
+        urls: servers that run already, shared among the ranks; none: each rank starts `replicas`.
+        python: the Python that starts a server, of the environment with vLLM; None for this one.
+        replicas: servers that each rank starts.
+        devices: CUDA_VISIBLE_DEVICES of each server of the machine, such as "4" or "4,5"; none:
+            as in the trainer.
+        arguments: of `vllm serve`, more than the trainer sets itself; of the class LLM,
+            "key=value" with a JSON value, where the engine is colocated.
+        environment: variables of a server, over the trainer's own.
+        sleep: servers free their memory while the policy is updated; needs a GPU.
+        weight_sync: "files", through a directory that trainer and servers see; "nccl", vLLM's own
+            weight transfer from GPU to GPU.
+        sync_directory: of the files; None for a temporary one.
+        start_timeout: seconds for a server to answer after its start.
+        request_timeout: seconds for one group of rollouts, after which its server counts as dead.
+    """
+
+    kind: Literal["hf", "vllm", "vllm_colocated"] = "hf"
+    tolerance: float = 0.1
+    urls: tuple[str, ...] = ()
+    python: Path | None = None
+    replicas: int = 1
+    devices: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    sleep: bool = False
+    weight_sync: Literal["files", "nccl"] = "files"
+    sync_directory: Path | None = None
+    start_timeout: float = 600.0
+    request_timeout: float = 1800.0
+
+    def __post_init__(self) -> None:
+        require("engine.replicas", self.replicas, self.replicas >= 1, ">= 1")
+        for name in ("tolerance", "start_timeout", "request_timeout"):
+            require(f"engine.{name}", getattr(self, name), getattr(self, name) > 0, "> 0")
+        for url in self.urls:
+            _require_loopback(url)
+        for argument in self.arguments:
+            word = argument.split("=")[0].replace("_", "-")
+            free = word not in OWN_ARGUMENTS
+            require("engine.arguments", argument, free, "none that the trainer sets itself")
+        self._require_applicable()
+
+    def _require_applicable(self) -> None:
+        """Raises where an option is set that this kind of engine does not read."""
+        server, colocated = self.kind == "vllm", self.kind == "vllm_colocated"
+        own = server and not self.urls
+        groups: tuple[tuple[bool, str, tuple[str, ...]], ...] = (
+            (
+                own,
+                "engine.kind = 'vllm' without engine.urls",
+                ("python", "replicas", "devices", "environment"),
+            ),
+            (own or colocated, "a vLLM that the trainer starts", ("arguments",)),
+            (
+                server,
+                "engine.kind = 'vllm'",
+                ("urls", "sleep", "weight_sync", "start_timeout", "request_timeout"),
+            ),
+            (server or colocated, "a vLLM engine", ("sync_directory",)),
+        )
+        for applicable, needed, names in groups:
+            for name in names:
+                value = getattr(self, name)
+                default = {} if name == "environment" else self.__dataclass_fields__[name].default
+                unset = applicable or value == default
+                require(f"engine.{name}", value, unset, f"{needed} beside it")
+
+
+def _require_loopback(url: str) -> None:
+    """Refuses what other machines could reach: who can, replaces weights and runs methods there."""
+    parts = urlsplit(url)
+    require(
+        "engine.urls",
+        url,
+        parts.scheme == "http" and parts.hostname in LOOPBACK and not parts.path.strip("/"),
+        f"http://HOST:PORT with a host of {', '.join(LOOPBACK)}: the development endpoints of a "
+        "server must not be open to other machines; reach one there through an ssh tunnel",
+    )

@@ -1,0 +1,111 @@
+"""Which engine a run samples with, and the check that it samples from the trainer's policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from hsd.distributed.process import World
+from hsd.policy.head import output_head, response_hidden
+from hsd.policy.precision import compute_dtype
+from hsd.rollout.hf import HfEngine
+from hsd.rollout.protocol import EngineError, RolloutEngine, Sampling, stream_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hsd.config import Config
+
+_CHECKED_ROLLOUTS = 8
+_CHECKED_TOKENS = 16
+
+
+def make_engine(
+    config: Config,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sampling: Sampling,
+    world: World,
+) -> RolloutEngine:
+    """The engine that `config.engine` names, with the model's weights as they are now.
+
+    Raises:
+        EngineError: it cannot be started, or is not of use here.
+    """
+    dtype = compute_dtype(config.model.compute_dtype)
+    rollout, engine = config.rollout, config.engine
+    if engine.kind == "hf":
+        return HfEngine(model, tokenizer, compute_dtype=dtype, batch_rows=rollout.batch_rows)
+    # Imported where they are chosen: neither HTTP nor vLLM is needed for the default.
+    if engine.kind == "vllm":
+        from hsd.rollout.vllm_server import VllmServerEngine
+
+        return VllmServerEngine(
+            engine,
+            model,
+            tokenizer,
+            compute_dtype=dtype,
+            sampling=sampling,
+            concurrent=max(1, rollout.batch_rows // rollout.group_size),
+            rank=world.rank,
+            ranks=world.size,
+        )
+    from hsd.rollout.vllm_colocated import VllmColocatedEngine
+
+    return VllmColocatedEngine(
+        engine, model, tokenizer, compute_dtype=dtype, sampling=sampling, seed=config.seed
+    )
+
+
+@torch.no_grad()
+def check_engine(
+    engine: RolloutEngine,
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    *,
+    sampling: Sampling,
+    dtype: torch.dtype,
+    tolerance: float,
+) -> float:
+    """Compares the engine's log-probs with the trainer's on rollouts of one prompt.
+
+    Args:
+        tolerance: nats, of the mean difference over their tokens.
+
+    Returns:
+        the mean absolute difference, nats.
+
+    Raises:
+        EngineError: it is beyond the tolerance: other weights, another temperature, another
+            tokenizer's ids, or too coarse a precision.
+    """
+    short = Sampling(
+        max_new_tokens=min(_CHECKED_TOKENS, sampling.max_new_tokens),
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+    )
+    (group,) = engine.generate(
+        [prompt],
+        seeds=[stream_seed("engine check")],
+        group_size=_CHECKED_ROLLOUTS,
+        sampling=short,
+    )
+    responses = [rollout.token_ids for rollout in group]
+    head = output_head(model)
+    hidden = response_hidden(model, [prompt] * len(group), responses, compute_dtype=dtype)  # (N, D)
+    logits = torch.nn.functional.linear(hidden, head.weight.float(), head.bias) * head.logit_scale
+    if head.logit_softcap is not None:
+        logits = head.logit_softcap * torch.tanh(logits / head.logit_softcap)
+    targets = torch.tensor([token for each in responses for token in each], device=logits.device)
+    logprobs = (logits / sampling.temperature).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    found = torch.tensor([value for each in group for value in each.logprobs])
+    gap = float((found.to(logprobs) - logprobs).abs().mean())
+    if not gap <= tolerance:
+        raise EngineError(
+            f"engine: found log-probs {gap:.3g} nats from the trainer's on a fixed prompt, in the "
+            f"mean, expected at most engine.tolerance, {tolerance:g}"
+        )
+    return gap

@@ -1,0 +1,149 @@
+"""How new weights of the policy come to vLLM: as files, or from GPU to GPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hsd.policy.load import write_directory
+from hsd.rollout.server_process import free_port
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class WeightFiles:
+    """A directory per version of the weights, of which the newest stays.
+
+    Args:
+        tokenizer: a server that starts from the directory reads its special tokens.
+        dtype: of floating-point weights in the files; the engine's own.
+        parent: where the directories go; None for a temporary directory.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype, parent: Path | None
+    ) -> None:
+        if parent is not None:
+            parent.mkdir(parents=True, exist_ok=True)
+        self._tokenizer = tokenizer
+        self._dtype = dtype
+        # Once for all: a server that started with a head of its own has to be given one each time.
+        self._untie = not torch.cuda.is_available()
+        # One of its own in any case: ranks and runs may share the parent.
+        self.folder = Path(tempfile.mkdtemp(prefix="hsd-weights-", dir=parent)).resolve()
+        self.current: Path | None = None
+
+    def write(self, model: PreTrainedModel, version: int) -> Path:
+        """Writes the weights after `version` updates, and removes those before them."""
+        path = self.folder / f"version-{version}"
+
+        def write(directory: Path) -> None:
+            model.save_pretrained(directory, state_dict=full_state(model, self._dtype))
+            self._tokenizer.save_pretrained(directory)
+            if self._untie and model.config.tie_word_embeddings:
+                _untie(model, directory, self._dtype)
+
+        write_directory(path, write)
+        if self.current is not None and self.current != path:
+            shutil.rmtree(self.current, ignore_errors=True)
+        self.current = path
+        return path
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@torch.no_grad()
+def full_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The whole tensors of a model by name, in host memory, floating-point ones in `dtype`.
+
+    Gathering a sharded model is a collective: every rank must call it.
+    """
+    return {name: _whole(value, dtype).cpu() for name, value in model.state_dict().items()}
+
+
+def _whole(value: Tensor, dtype: torch.dtype) -> Tensor:
+    gather = getattr(value, "full_tensor", None)  # of a DTensor
+    whole: Tensor = gather() if gather else value
+    return whole.detach().to(dtype) if whole.is_floating_point() else whole.detach()
+
+
+def _untie(model: PreTrainedModel, directory: Path, dtype: torch.dtype) -> None:
+    """Makes the output head of a saved model a weight of its own, equal to the embeddings.
+
+    On a CPU, vLLM computes with a packed copy of the head, which a reload renews only where the
+    head is loaded: a tied one would stay as it was at the start (seen with vLLM 0.32).
+    """
+    causal: Any = model
+    head = causal.get_output_embeddings()
+    modules = causal.named_modules(remove_duplicate=False)
+    name = next(name for name, module in modules if module is head)
+    save_file({f"{name}.weight": _whole(head.weight, dtype)}, directory / "head.safetensors")
+    path = directory / "config.json"
+    config = {**json.loads(path.read_text(encoding="utf-8")), "tie_word_embeddings": False}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+class NcclTransfer:
+    """vLLM's native weight transfer over NCCL, to one server.
+
+    Written against the documented interface of vLLM 0.32; it has not been tried on hardware.
+    The trainer's environment needs vLLM, its GPU must be none of the server's.
+
+    Args:
+        url: of a server that was started with --weight-transfer-config '{"backend": "nccl"}'.
+        workers: GPUs of the server.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, url: str, workers: int, dtype: torch.dtype
+    ) -> None:
+        from vllm.distributed.weight_transfer import (
+            HTTPVLLMWeightSyncClient,
+            WeightTransferTrainerFactory,
+        )
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        self._engine: Any = WeightTransferTrainerFactory.trainer_init(
+            NCCLTrainerInitInfo(
+                master_address="127.0.0.1", master_port=free_port(), world_size=1 + workers, rank=0
+            ),
+            client=HTTPVLLMWeightSyncClient(url),
+            source=_Source(model, dtype),
+        )
+
+    def send(self) -> None:
+        """The weights of the model as they are now."""
+        self._engine.send_weights()
+
+    def close(self) -> None:
+        self._engine.shutdown()
+
+
+class _Source:
+    """What vLLM's transfer calls a weight source: the parameters, in the engine's dtype."""
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        self._model = model
+        self._dtype = dtype
+
+    def metadata(self) -> list[Any]:
+        from vllm.distributed.weight_transfer import ParamMeta
+
+        return [
+            ParamMeta(name, self._dtype, tuple(value.shape))
+            for name, value in self._model.named_parameters()
+        ]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, value in self._model.named_parameters():
+            yield name, _whole(value, self._dtype)
