@@ -20,6 +20,7 @@ from hsd import __version__
 COMMANDS = {
     "train": ("hsd.train", "train a model as a recipe says"),
     "eval": ("hsd.evaluate", "measure a checkpoint on held-out tasks"),
+    "budget": ("hsd.distributed.budget.command", "what a step of a recipe needs of each GPU"),
     "credit": ("hsd.credit.command", "show which tokens a teacher context gives credit to"),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from rich.console import Console
@@ -19,7 +19,7 @@ from hsd.distributed.load import load_sharded
 from hsd.distributed.process import World, sharding_device, sharding_mesh
 from hsd.policy.head import output_head
 from hsd.policy.layers import checkpoint_activations, compile_layers
-from hsd.policy.load import load_policy, policy_directory
+from hsd.policy.load import load_policy, load_tokenizer, policy_directory
 from hsd.policy.optimizer import adamw
 from hsd.policy.precision import compute_dtype
 from hsd.policy.teachers import Policy, make_policy
@@ -62,33 +62,22 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
         console.print(task.sandbox)
     if config.context.show_demonstration:
         require_solutions(task.train, option="context.show_demonstration")
-    # The engine's own copy is of these weights; without sharding, so is the policy.
-    model, tokenizer = world.main_first(lambda: load_policy(config.model.name))
+    sampled, tokenizer, policy = _models(config, world, task, console)
     contexts = ContextBuilder(tokenizer, config.context)
-    dtype = compute_dtype(config.model.compute_dtype)
-    if config.warmup.steps:
-        head = output_head(model)
-        world.main_first(
-            lambda: warm_up(
-                config, model, tokenizer, head, task.train, compute_dtype=dtype, console=console
-            )
-        )
     sampling = _sampling(config)
-    engine = make_engine(config, model, tokenizer, sampling=sampling, world=world)
+    engine = make_engine(config, sampled, tokenizer, sampling=sampling, world=world)
     try:
         gap = check_engine(
             engine,
-            model,
+            policy,
             contexts.student(task.train[0]),
             sampling=sampling,
-            dtype=dtype,
             tolerance=config.engine.tolerance,
         )
     except BaseException:
         engine.close()
         raise
     console.print(f"engine {config.engine.kind}: log-probs {gap:.2g} nats from the trainer's")
-    policy = _policy(config, model, dtype)
     return Trainer(
         config=config,
         task=task,
@@ -111,22 +100,46 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
     )
 
 
-def _policy(config: Config, model: PreTrainedModel, dtype: torch.dtype) -> Policy:
-    """The policy with its teachers: of a whole model, or sharded from the same files."""
-    sharding = config.sharding
-    if sharding.mode == "none":
-        policy = make_policy(model, config.objective, compute_dtype=dtype)
-        # After the copies were made: they keep nothing for a backward.
-        if sharding.activation_checkpointing:
-            checkpoint_activations(model)
-        if sharding.compile_layers:
-            compile_layers(model)
-        return policy
-    for_engine: Any = model
-    for_engine.to(sharding_device())
-    mesh = sharding_mesh()
+def _models(
+    config: Config, world: World, task: Task, console: Console
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Policy]:
+    """The model whose weights the engine takes first, its tokenizer, and the policy with teachers.
+
+    Both models are one, but where a sharded policy is sampled in this process: the engine then
+    holds a whole copy of its own.
+    """
+    dtype = compute_dtype(config.model.compute_dtype)
+    if config.sharding.mode == "full":
+        policy = _sharded_policy(config, dtype)
+        if config.engine.kind != "hf":
+            return policy.model, load_tokenizer(config.model.name), policy
+        copy, tokenizer = world.main_first(lambda: load_policy(config.model.name))
+        cast(torch.nn.Module, copy).to(sharding_device())
+        return copy, tokenizer, policy
+    model, tokenizer = world.main_first(lambda: load_policy(config.model.name))
+    if config.warmup.steps:
+        head = output_head(model)
+        world.main_first(
+            lambda: warm_up(
+                config, model, tokenizer, head, task.train, compute_dtype=dtype, console=console
+            )
+        )
+    policy = make_policy(model, config.objective, compute_dtype=dtype)
+    # After the copies were made: they keep nothing for a backward.
+    if config.sharding.activation_checkpointing:
+        checkpoint_activations(model)
+    if config.sharding.compile_layers:
+        compile_layers(model)
+    return model, tokenizer, policy
+
+
+def _sharded_policy(config: Config, dtype: torch.dtype) -> Policy:
     load = partial(
-        load_sharded, policy_directory(config.model.name), sharding, mesh, compute_dtype=dtype
+        load_sharded,
+        policy_directory(config.model.name),
+        config.sharding,
+        sharding_mesh(),
+        compute_dtype=dtype,
     )
     return make_policy(
         load(),

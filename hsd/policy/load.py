@@ -6,7 +6,8 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,22 +32,45 @@ def load_policy(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         ValueError: no such model, with the reason; or the tokenizer has no end of sequence.
     """
-    path = _shipped(name) if name in SHIPPED else name
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(name)
+    with _named_faults(name):
         causal: Any = AutoModelForCausalLM
-        model, info = causal.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        model, info = causal.from_pretrained(
+            _path(name), dtype=torch.float32, output_loading_info=True
+        )
         if info["missing_keys"]:  # transformers would go on with random ones
             raise ValueError(f"its files lack the weights {min(info['missing_keys'])}")
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer.
+
+    Raises:
+        ValueError: no such model, with the reason; or the tokenizer has no end of sequence.
+    """
+    with _named_faults(name):
+        tokenizer: Any = AutoTokenizer.from_pretrained(_path(name))
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model.name: found {name!r} without an eos token, expected one")
+    found: PreTrainedTokenizerBase = tokenizer
+    return found
+
+
+def _path(name: str) -> str | Path:
+    return _shipped(name) if name in SHIPPED else name
+
+
+@contextmanager
+def _named_faults(name: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"model.name: found {name!r}, expected a directory or hub name of a causal language "
             f"model, or {' or '.join(SHIPPED)} ({reason})"
         ) from None
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"model.name: found {name!r} without an eos token, expected one")
-    return model.eval(), tokenizer
 
 
 def policy_directory(name: str) -> Path:

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hsd.distributed.fsdp import gathered_heads
 from hsd.distributed.process import World
-from hsd.policy.head import output_head, response_hidden
+from hsd.policy.head import response_hidden
 from hsd.policy.precision import compute_dtype
+from hsd.policy.teachers import Policy
 from hsd.rollout.hf import HfEngine
 from hsd.rollout.protocol import EngineError, RolloutEngine, Sampling, stream_seed
 
@@ -63,11 +65,10 @@ def make_engine(
 @torch.no_grad()
 def check_engine(
     engine: RolloutEngine,
-    model: PreTrainedModel,
+    policy: Policy,
     prompt: Sequence[int],
     *,
     sampling: Sampling,
-    dtype: torch.dtype,
     tolerance: float,
 ) -> float:
     """Compares the engine's log-probs with the trainer's on rollouts of one prompt.
@@ -94,9 +95,14 @@ def check_engine(
         sampling=short,
     )
     responses = [rollout.token_ids for rollout in group]
-    head = output_head(model)
-    hidden = response_hidden(model, [prompt] * len(group), responses, compute_dtype=dtype)  # (N, D)
-    logits = torch.nn.functional.linear(hidden, head.weight.float(), head.bias) * head.logit_scale
+    head = policy.head
+    hidden = response_hidden(
+        policy.model, [prompt] * len(group), responses, compute_dtype=policy.compute_dtype
+    )  # (N, D)
+    with gathered_heads(policy.model):
+        bias = None if head.bias is None else head.bias.float()
+        logits = torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
+    logits = logits * head.logit_scale
     if head.logit_softcap is not None:
         logits = head.logit_softcap * torch.tanh(logits / head.logit_softcap)
     targets = torch.tensor([token for each in responses for token in each], device=logits.device)

@@ -57,7 +57,7 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def _sandbox(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HSD_CACHE", str(path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("hsd_kernels.pipeline.compiler_found", lambda: False)
+    monkeypatch.setattr("hsd_kernels.workspace.compiler_found", lambda: False)
 
 
 def _tokenizer(*, chat: bool) -> PreTrainedTokenizerFast:

@@ -100,7 +100,7 @@ def export(trained_run: Path, tmp_path_factory: pytest.TempPathFactory, run_hsd:
     """What `hsd credit` leaves of a run, with every context. Look, and leave it as it is."""
     out = tmp_path_factory.mktemp("credit") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hsd_kernels.pipeline.compiler_found", lambda: False)
+        patch.setattr("hsd_kernels.workspace.compiler_found", lambda: False)
         assert run_hsd("credit", trained_run, "--contexts", *CONTEXTS, "--out", out) == 0
     return out
 

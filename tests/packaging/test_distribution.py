@@ -30,7 +30,9 @@ MODULES = {
     path.relative_to(ROOT).as_posix() for name in PACKAGES for path in (ROOT / name).rglob("*.py")
 }
 DATA = {"hsd/py.typed", "hsd_kernels/py.typed", "hsd/data/templates.toml"} | {
-    path.relative_to(ROOT).as_posix() for path in (ROOT / "hsd/credit/page").iterdir()
+    path.relative_to(ROOT).as_posix()
+    for folder in ("hsd/credit/page", "hsd/distributed/budget/architectures")
+    for path in (ROOT / folder).iterdir()
 }
 
 pytestmark = pytest.mark.slow

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from hsd.objective.config import ObjectiveConfig
+from hsd.policy.teachers import make_policy
 from hsd.rollout.engines import check_engine
 from hsd.rollout.protocol import EngineError, Sampling, stream_seed
 from hsd.rollout.vllm_client import VllmClient
@@ -23,11 +25,11 @@ def perturb(model: torch.nn.Module, seed: int) -> None:
 def test_a_server_samples_from_the_weights_it_was_given_last(policy, start_engine, monkeypatch):
     engine = start_engine(SAMPLING, dtype=torch.float32)
     model = policy.model
+    trained = make_policy(model, ObjectiveConfig(), compute_dtype=torch.float32)
     prompt = policy.tokenizer("The river rose for three days, and then the")["input_ids"]
 
     def gap(tolerance: float) -> float:
-        options = {"sampling": SAMPLING, "dtype": torch.float32, "tolerance": tolerance}
-        return check_engine(engine, model, prompt, **options)
+        return check_engine(engine, trained, prompt, sampling=SAMPLING, tolerance=tolerance)
 
     def sample() -> list:
         (group,) = engine.generate(

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hsd.config import Config, RolloutConfig
 from hsd.distributed.process import World
+from hsd.objective.config import ObjectiveConfig
+from hsd.policy.teachers import make_policy
 from hsd.rollout.config import EngineConfig
 from hsd.rollout.engines import check_engine, make_engine
 from hsd.rollout.hf import HfEngine
@@ -26,13 +28,9 @@ PROMPT = [5, 6, 7]
 
 
 def check(engine: HfEngine, model: PreTrainedModel, **changes: Any) -> float:
-    options: dict[str, Any] = {
-        "sampling": SAMPLING,
-        "dtype": torch.float32,
-        "tolerance": 1e-3,
-        **changes,
-    }
-    return check_engine(engine, model, PROMPT, **options)
+    policy = make_policy(model, ObjectiveConfig(), compute_dtype=torch.float32)
+    options: dict[str, Any] = {"sampling": SAMPLING, "tolerance": 1e-3, **changes}
+    return check_engine(engine, policy, PROMPT, **options)
 
 
 def make_hf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> HfEngine:

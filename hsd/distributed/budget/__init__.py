@@ -1,0 +1,1 @@
+"""`hsd budget`: what a step of a recipe needs in memory, traffic and time, before it is run."""

@@ -1,0 +1,218 @@
+"""`hsd budget`: what a step of a recipe needs, before it is run."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from hsd.config import Config
+from hsd.distributed.budget import report
+from hsd.distributed.budget.architecture import load_architecture
+from hsd.distributed.budget.estimate import (
+    Assumptions,
+    Rollouts,
+    StepEstimate,
+    estimate_step,
+    rollouts,
+)
+from hsd.distributed.budget.search import GRANULE, longest_response
+from hsd.distributed.budget.simulate import LossName, Scenario, Simulation, simulate
+from hsd.recipe import fail, load_recipe, parse_flags
+
+_CONTEXT_TEXT = 128  # tokens of the teacher's prompt around peer and answer
+_UNITS = {"GB": 10**9, "GiB": 2**30}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetArguments:
+    """Simulate a step on fake tensors and say what it needs of each GPU.
+
+    Args:
+        recipe: path of a recipe; its model's architecture is shipped (Qwen3-8B and 32B), in its
+            directory, or on the hub.
+        world_size: GPUs, one rank each.
+        gpu_memory: of one GPU, such as 80GB or 74GiB.
+        response_tokens: of every rollout; default: the recipe's rollout.max_new_tokens.
+        prompt_tokens: of a question.
+        engine_gpus: GPUs that share the weights of one engine, by tensor parallelism; engines
+            sample on the trainer's GPUs and sleep during the update.
+        compare: also with a plain loss over N x V, and with a loop over chunks of it.
+        search: find the longest responses that fit; takes several simulations.
+        figure: the PNG to write; default: budget-RECIPE.png.
+    """
+
+    recipe: Annotated[Path, tyro.conf.Positional]
+    world_size: int = 8
+    gpu_memory: str = "80GB"
+    response_tokens: int | None = None
+    prompt_tokens: int = 1024
+    engine_gpus: int = 1
+    compare: bool = False
+    search: bool = True
+    figure: Path | None = None
+
+
+def main(argv: list[str]) -> int:
+    """`hsd budget RECIPE ...`: 0 where it fits, 1 where it does not, 2 for bad usage."""
+    arguments = parse_flags(BudgetArguments, argv, prog="hsd budget")
+    try:
+        gpu_bytes = parse_bytes(arguments.gpu_memory)
+        scenario = scenario_of(load_recipe(arguments.recipe), arguments)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    # Of torch, on fake tensors that it prints or copies.
+    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+    figure = arguments.figure or Path(f"budget-{arguments.recipe.stem}.png")
+    console = Console()
+    simulation = simulate(scenario)
+    _show(console, scenario, simulation, gpu_bytes, figure)
+    if arguments.compare:
+        console.print(_comparison(scenario, simulation, gpu_bytes))
+    if arguments.search:
+        _show_longest(console, scenario, simulation, gpu_bytes)
+    return 0 if Assumptions().needed(simulation.peak) <= gpu_bytes else 1
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "80GB" (10^9) or "80GiB" (2^30).
+
+    Raises:
+        ValueError: another form, or nothing.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(GB|GiB)", text)
+    if not found or not float(found[1]):
+        raise ValueError(f"--gpu-memory: found {text!r}, expected such as 80GB or 80GiB")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def scenario_of(config: Config, arguments: BudgetArguments) -> Scenario:
+    """What a recipe and the arguments ask to simulate.
+
+    Raises:
+        ValueError: an argument out of range, or no such model.
+    """
+    response = arguments.response_tokens
+    response = config.rollout.max_new_tokens if response is None else response
+    numbers = {
+        "world-size": arguments.world_size,
+        "response-tokens": response,
+        "prompt-tokens": arguments.prompt_tokens,
+        "engine-gpus": arguments.engine_gpus,
+    }
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"--{name}: found {value}, expected >= 1")
+    context, peers = config.context, config.peers
+    peer_tokens = peers.count * context.peer_token_budget if context.show_peer else 0
+    return Scenario(
+        config=config,
+        architecture=load_architecture(config.model.name),
+        world_size=arguments.world_size,
+        prompt_tokens=arguments.prompt_tokens,
+        context_tokens=_CONTEXT_TEXT + peer_tokens,
+        response_tokens=response,
+        engine_gpus=arguments.engine_gpus,
+    )
+
+
+def _show(
+    console: Console, scenario: Scenario, simulation: Simulation, gpu_bytes: int, figure: Path
+) -> None:
+    assumptions = Assumptions()
+    sampling = rollouts(scenario, simulation, gpu_bytes, assumptions)
+    rows = _rows(simulation, sampling)
+    title = (
+        f"{scenario.config.model.name} on {scenario.world_size} GPUs, "
+        f"{scenario.response_tokens:,} response tokens"
+    )
+    console.print(report.memory_table(rows, title=f"{title}: GB per GPU"))
+    report.draw(rows, gpu_bytes, figure, title=title)
+    console.print(f"figure: {figure}", soft_wrap=True)
+    needed = assumptions.needed(simulation.peak)
+    left = gpu_bytes - needed
+    console.print(
+        f"simulated peak {report.gigabytes(simulation.peak)} GB; with "
+        f"{assumptions.fragmentation:.0%} for fragmentation and "
+        f"{report.gigabytes(assumptions.context_bytes)} GB for CUDA, NCCL and a sleeping engine "
+        f"{report.gigabytes(needed)} GB of {report.gigabytes(gpu_bytes)} GB: "
+        + (
+            f"[green]fits, {report.gigabytes(left)} GB are left"
+            if left >= 0
+            else f"[red]does not fit, {report.gigabytes(-left)} GB are missing"
+        )
+    )
+    estimate = estimate_step(scenario, simulation, sampling, assumptions)
+    console.print(_step_table(scenario, simulation, sampling, estimate))
+    console.print(f"modelled with {assumptions.described()}", highlight=False)
+
+
+def _rows(simulation: Simulation, sampling: Rollouts) -> report.Rows:
+    awake = {report.ENGINE: sampling.weights, report.CACHE: sampling.cache}
+    return {
+        "rollouts": {**simulation.resident, **awake},
+        **report.largest_of_each(simulation.phases),
+    }
+
+
+def _step_table(
+    scenario: Scenario, simulation: Simulation, sampling: Rollouts, estimate: StepEstimate
+) -> Table:
+    table = Table(title="One step of one rank", show_header=False)
+    ranks = min(scenario.world_size, Assumptions().gpus_per_node)
+    host = sum(simulation.host.values())
+    table.add_row("micro-batches", f"{estimate.micro_batches} of {scenario.sequences} sequence(s)")
+    table.add_row(
+        "host memory",
+        f"{report.gigabytes(host)} GB, {ranks} ranks of a node "
+        f"{report.gigabytes(ranks * host)} GB (simulated)",
+    )
+    for name, nbytes in sorted(estimate.traffic.items()):
+        table.add_row(name.replace("_", "-"), f"{report.gigabytes(nbytes)} GB (simulated)")
+    table.add_row("work", f"{estimate.flop / 1e15:.1f} PFLOP (simulated)")
+    table.add_row("rollouts at a time", f"{sampling.at_a_time:.1f} of full length (calculated)")
+    for name, seconds in estimate.seconds.items():
+        table.add_row(name, f"{seconds:.0f} s (modelled)")
+    return table
+
+
+def _show_longest(
+    console: Console, scenario: Scenario, simulation: Simulation, gpu_bytes: int
+) -> None:
+    most = (
+        scenario.architecture.max_position_embeddings
+        - scenario.prompt_tokens
+        - scenario.context_tokens
+    )
+
+    def slack(tokens: int) -> int:
+        known = tokens == scenario.response_tokens
+        tried = dataclasses.replace(scenario, response_tokens=tokens)
+        peak = simulation.peak if known else simulate(tried).peak
+        return gpu_bytes - Assumptions().needed(peak)
+
+    found = longest_response(slack, start=scenario.response_tokens, most=most)
+    limit = ", all that the model has positions for" if found + GRANULE > most else ""
+    console.print(f"longest responses that fit: {found:,} tokens{limit}")
+
+
+def _comparison(scenario: Scenario, fused: Simulation, gpu_bytes: int) -> Table:
+    table = Table(title="The same step with other losses: GB per GPU")
+    for name in ("loss", "loss workspace", "peak", "needed", "left"):
+        table.add_column(name, justify="left" if name == "loss" else "right")
+    names: tuple[LossName, ...] = ("fused", "chunk_loop", "naive")
+    for name in names:
+        other = dataclasses.replace(scenario, loss=name)
+        simulation = fused if name == scenario.loss else simulate(other)
+        needed = Assumptions().needed(simulation.peak)
+        workspace = max(phase.by_kind()["loss workspace"] for phase in simulation.phases)
+        numbers = (workspace, simulation.peak, needed, gpu_bytes - needed)
+        table.add_row(name.replace("_", " "), *map(report.gigabytes, numbers))
+    return table

@@ -1,0 +1,247 @@
+"""`hsd budget`: the simulation against the same step run for real, and what it says of a recipe."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from hsd import train, trainer
+from hsd.config import Config
+from hsd.distributed.budget import command, simulate
+from hsd.distributed.budget.architecture import load_architecture
+from hsd.distributed.budget.search import GRANULE, longest_response
+from hsd.distributed.budget.simulate import Scenario
+from hsd.distributed.config import ShardingConfig
+from hsd.distributed.process import World, leave_world
+from hsd.objective.config import ObjectiveConfig
+from hsd.policy.optimizer import adamw
+from hsd_kernels import workspace
+from hsd_kernels.rows import torch_rows
+
+VOCAB, ROWS = 4000, 320
+CHUNK_BYTES = 3 * 4 * VOCAB * 64
+
+
+def architecture(**changes: Any) -> Qwen3Config:
+    return Qwen3Config(
+        **{
+            "vocab_size": VOCAB,
+            "hidden_size": 64,
+            "intermediate_size": 160,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": False,
+            **changes,
+        }
+    )
+
+
+def scenario(*, world_size: int = 1, **sharding: Any) -> Scenario:
+    config = Config(
+        micro_batch_tokens=1,
+        objective=ObjectiveConfig(max_chunk_bytes=CHUNK_BYTES),
+        sharding=ShardingConfig(**sharding),
+    )
+    return Scenario(
+        config=replace(config, model=replace(config.model, compute_dtype="float32")),
+        architecture=architecture(),
+        world_size=world_size,
+        prompt_tokens=40,
+        context_tokens=60,
+        response_tokens=ROWS,
+        backend="cpu",
+    )
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain PyTorch's own arrays, which a compiled loss has not, are out of the way."""
+    monkeypatch.setattr(torch_rows, "_PLAIN_BLOCK_ELEMENTS", VOCAB)
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    yield
+    leave_world()
+
+
+def measured_peak(given: Scenario, folder: Path) -> int:
+    """Bytes that the second update of a real trainer has at most beyond what it starts with."""
+    config = replace(given.config, model=replace(given.config.model, name=str(folder)))
+    model = AutoModelForCausalLM.from_config(given.architecture, dtype=torch.float32).eval()
+    model.save_pretrained(folder)
+    policy = trainer._policy(config, model, torch.float32)
+    parts: Any = SimpleNamespace(
+        config=config,
+        policy=policy,
+        optimizer=adamw(policy.model.parameters(), 1e-3),
+        world=World(rank=0, size=1),
+    )
+    rows = [simulate._row(given, number) for number in range(simulate.MICRO_BATCHES)]
+    judged: Any = [(None, [SimpleNamespace(row=row) for row in rows])]
+    train.update(parts, judged, 0)
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        train.update(parts, judged, 0)
+    events = profiler.profiler.kineto_results.events()
+    memory = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    return max(accumulate(event.nbytes() for event in memory))
+
+
+def simulated_peak(given: Scenario) -> int:
+    found = simulate.simulate(given)
+    return found.peak - sum(found.resident.values())
+
+
+SHARDINGS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "whole, checkpointed": {"activation_checkpointing": True},
+    "sharded": {"mode": "full"},
+    "sharded, checkpointed": {"mode": "full", "activation_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS.values(), ids=SHARDINGS)
+def test_the_simulated_peak_is_the_measured_one(
+    sharding: dict[str, Any], tmp_path: Path, alone: None
+) -> None:
+    given = scenario(**sharding)
+    simulated = simulated_peak(given)
+    assert simulated == pytest.approx(measured_peak(given, tmp_path), rel=0.1)
+
+
+def test_a_deliberate_n_x_v_buffer_is_on_both_sides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = scenario()
+    plain = simulated_peak(given), measured_peak(given, tmp_path)
+    heads = workspace._heads
+
+    def wasteful(problem: Any, *rest: Any) -> Any:
+        problem.student.new_empty((8 * ROWS, VOCAB))
+        return heads(problem, *rest)
+
+    monkeypatch.setattr(workspace, "_heads", wasteful)
+    simulated, measured = simulated_peak(given), measured_peak(given, tmp_path)
+    assert simulated == pytest.approx(measured, rel=0.1)
+    for without, having in zip(plain, (simulated, measured), strict=True):
+        assert having > without + 2 * ROWS * VOCAB * 4
+
+
+def test_each_rank_has_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = scenario(world_size=4, mode="full", offload="optimizer", offload_reference=True)
+    found = simulate.simulate(given)
+    share = 4 * given.parameters / 4
+    assert found.resident["parameters"] == pytest.approx(share, rel=0.02)
+    assert found.host["optimiser state"] == pytest.approx(2 * share, rel=0.02)
+    assert found.host["reference, teacher"] == pytest.approx(share, rel=0.02)
+    assert found.resident["optimiser state"] == found.resident["reference, teacher"] == 0
+    # Every weight is gathered for teacher, student, backward and reference, but the head, which
+    # stays whole, once for the policy and once for the reference.
+    head = 4 * VOCAB * 64
+    gathered = sum(phase.traffic["allgather"] for phase in found.phases)
+    layers = 4 * given.parameters - 2 * head
+    assert gathered > 2 * 4 * layers
+
+
+def test_the_naive_loss_holds_n_x_v() -> None:
+    given = scenario()
+    fused, naive, loop = (
+        simulated_peak(replace(given, loss=name)) for name in ("fused", "naive", "chunk_loop")
+    )
+    matrix = 4 * ROWS * VOCAB
+    assert naive > fused + 3 * matrix
+    assert loop > fused
+
+
+def test_products_are_counted() -> None:
+    given = scenario()
+    flop = {phase.name: phase.flop for phase in simulate.simulate(given).phases}
+    tokens, size = 40 + ROWS, 64
+    linear = 2 * (size * 64 * 2 + size * 32 * 2 + 3 * size * 160)
+    attention = 2 * 2 * 2 * tokens * tokens * 64 / 2
+    assert flop["student forward"] == pytest.approx(2 * tokens * linear + attention, rel=0.01)
+    assert flop["loss"] == 5 * 2 * ROWS * size * VOCAB
+
+
+@pytest.mark.parametrize("longest", [0, 1, 7, 63, 64])
+def test_the_search_finds_the_longest(longest: int) -> None:
+    calls = []
+
+    def slack(tokens: int) -> int:
+        calls.append(tokens)
+        return int((longest + 0.5) * GRANULE * 1000) - tokens * 1000
+
+    assert longest_response(slack, start=16 * GRANULE, most=64 * GRANULE + 5) == longest * GRANULE
+    assert len(calls) <= 8
+
+
+def test_qwen3_is_known_without_a_hub() -> None:
+    sizes = {}
+    for name in ("Qwen/Qwen3-8B", "Qwen/Qwen3-32B"):
+        given = replace(scenario(), architecture=load_architecture(name))
+        sizes[name] = given.parameters
+    assert sizes == {"Qwen/Qwen3-8B": 8_190_735_360, "Qwen/Qwen3-32B": 32_762_123_264}
+    with pytest.raises(ValueError, match=r"model\.name: found 'nobody/nothing', expected a model"):
+        load_architecture("nobody/nothing")
+
+
+def test_the_command(
+    tmp_path: Path,
+    make_recipe: Callable[..., Path],
+    run_hsd: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    recipe = make_recipe(
+        tmp_path / "recipe", {"warmup": {"steps": 0}, "sharding": {"mode": "full"}}
+    )
+    figure = tmp_path / "budget.png"
+    words = ["budget", recipe, "--response-tokens", 256, "--prompt-tokens", 32, "--figure", figure]
+    assert run_hsd(*words, "--gpu-memory", "80GB", "--no-search") == 0
+    shown = capsys.readouterr().out
+    assert "fits, " in shown
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert run_hsd(*words, "--gpu-memory", "1GB", "--no-search") == 1
+    assert "does not fit, 1.0 GB are missing" in capsys.readouterr().out
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpu-memory", "80"], "--gpu-memory: found '80', expected such as 80GB"),
+        (["--gpu-memory", "0GB"], "--gpu-memory: found '0GB'"),
+        (["--world-size", "0"], "--world-size: found 0, expected >= 1"),
+    ],
+)
+def test_bad_arguments(
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    make_recipe: Callable[..., Path],
+    run_hsd: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_hsd("budget", make_recipe(tmp_path), *words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_bytes() -> None:
+    assert command.parse_bytes("80GB") == 80 * 10**9
+    assert command.parse_bytes("1.5GiB") == 3 * 2**29
