@@ -110,7 +110,7 @@ def _models(
     """
     dtype = compute_dtype(config.model.compute_dtype)
     if config.sharding.mode == "full":
-        policy = _sharded_policy(config, dtype)
+        policy = _sharded_policy(config, world, dtype)
         if config.engine.kind != "hf":
             return policy.model, load_tokenizer(config.model.name), policy
         copy, tokenizer = world.main_first(lambda: load_policy(config.model.name))
@@ -133,10 +133,10 @@ def _models(
     return model, tokenizer, policy
 
 
-def _sharded_policy(config: Config, dtype: torch.dtype) -> Policy:
+def _sharded_policy(config: Config, world: World, dtype: torch.dtype) -> Policy:
     load = partial(
         load_sharded,
-        policy_directory(config.model.name),
+        world.main_first(lambda: policy_directory(config.model.name)),
         config.sharding,
         sharding_mesh(),
         compute_dtype=dtype,
