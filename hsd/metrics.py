@@ -65,6 +65,7 @@ _SHOWN = (
     ("kl", "KL", ".4f"),
     ("ref_kl", "KL to start", ".4f"),
     ("peer_share", "with peer", ".0%"),
+    ("context_length", "context", ".0f"),
     ("tokens_per_second", "tok/s", ".0f"),
 )
 

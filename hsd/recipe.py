@@ -29,14 +29,33 @@ else:
 Arguments = TypeVar("Arguments")
 
 
-def load_recipe(path: Path) -> Config:
+def load_recipe(path: Path, root: Path | None = None) -> Config:
     """A recipe and its bases as a configuration.
+
+    Args:
+        root: takes the place of the recipe that the chain of bases ends in; the base of a recipe
+            that has none.
 
     Raises:
         FileNotFoundError: the recipe or a base of it does not exist.
         ValueError: one line per fault: an unknown key, a wrong type, an impossible value.
     """
-    return config_from_dict(_read(path, ()), source=str(path))
+    return config_from_dict(_read(path, (), root), source=str(path))
+
+
+def recorded_config(path: Path) -> Config:
+    """The configuration in the config.json of a run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no configuration.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, expected a run folder of hsd train")
+    try:
+        return config_from_dict(json.loads(path.read_bytes())["config"], source=str(path))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError):
+        raise ValueError(f"{path}: found no configuration, expected hsd train's file") from None
 
 
 def config_from_dict(values: Mapping[str, Any], *, source: str) -> Config:
@@ -64,6 +83,9 @@ def to_dict(config: Config) -> dict[str, Any]:
 def parse_arguments(argv: Sequence[str], *, prog: str) -> tuple[Config, bool]:
     """RECIPE and overrides, such as `--seed 1 --optimizer.learning-rate 1e-5`.
 
+    `--base FILE` puts another recipe in the place of the one that RECIPE's chain of bases ends in:
+    the same method with another model, task and sizes.
+
     Returns:
         the configuration, and whether it is only to be shown (--dry-run).
 
@@ -73,17 +95,18 @@ def parse_arguments(argv: Sequence[str], *, prog: str) -> tuple[Config, bool]:
     dry_run = "--dry-run" in words
     words = [word for word in words if word != "--dry-run"]
     if not words or words[0] in ("-h", "--help"):
-        tyro.cli(Config, prog=f"{prog} RECIPE [--dry-run]", args=["--help"])
+        tyro.cli(Config, prog=f"{prog} RECIPE [--base RECIPE] [--dry-run]", args=["--help"])
     if words[0].startswith("-"):
         fail(f"RECIPE: found {words[0]!r}, expected the path of a recipe first")
-    path = Path(words[0])
+    path, root = Path(words[0]), _take_base(words)
     try:
-        recipe = load_recipe(path)
+        recipe = load_recipe(path, root)
     except (ValueError, OSError) as error:
         fail(str(error))
     config = parse_flags(Config, words[1:], prog=f"{prog} {path}", default=recipe)
     if config.run_dir is None:
-        name = Path("runs") / f"{path.stem}-seed{config.seed}"
+        stem = path.stem if root is None else f"{path.stem}-{root.stem}"
+        name = Path("runs") / f"{stem}-seed{config.seed}"
         config = dataclasses.replace(config, run_dir=_unused(name))
     return config, dry_run
 
@@ -111,6 +134,21 @@ def parse_flags(
     return parsed
 
 
+def _take_base(words: list[str]) -> Path | None:
+    """Takes `--base FILE` or `--base=FILE` out of the arguments."""
+    for position, word in enumerate(words):
+        if word.startswith("--base="):
+            del words[position]
+            return Path(word.removeprefix("--base="))
+        if word == "--base":
+            given = words[position + 1 : position + 2]
+            if not given:
+                fail("--base: found nothing behind it, expected the path of a recipe")
+            del words[position : position + 2]
+            return Path(given[0])
+    return None
+
+
 def _unused(path: Path) -> Path:
     candidates = itertools.chain([path], (Path(f"{path}-{n}") for n in itertools.count(2)))
     return next(candidate for candidate in candidates if not candidate.exists())
@@ -122,8 +160,8 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The tables of a recipe, over those of its base."""
+def _read(path: Path, seen: tuple[Path, ...], root: Path | None = None) -> dict[str, Any]:
+    """The tables of a recipe, over those of its base; `root` as in load_recipe."""
     if path.resolve() in seen:
         raise ValueError(f"{path}: base: found a recipe that is its own base")
     if not path.is_file():
@@ -134,10 +172,13 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ValueError(f"{path}: {error}") from None
     base = values.pop("base", None)
     if base is None:
-        return values
+        if root is None:
+            return values
+        replaced = _read(root, ())
+        return replaced if seen else _merged(replaced, values)
     if not isinstance(base, str):
         raise ValueError(f"{path}: base: found {base!r}, expected the path of a recipe")
-    return _merged(_read(path.parent / base, (*seen, path.resolve())), values)
+    return _merged(_read(path.parent / base, (*seen, path.resolve()), root), values)
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,8 +195,10 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _fault(error: Mapping[str, Any]) -> str:
     """One fault of a recipe as `key: found ..., expected ...`."""
-    sources = ("arithmetic", "jsonl", "reasoning_gym")
-    key = ".".join(str(part) for part in error["loc"] if part not in sources)
+    parts = [str(part) for part in error["loc"]]
+    if parts[:1] == ["task"]:
+        del parts[1:2]  # its source, which is no key
+    key = ".".join(parts)
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):

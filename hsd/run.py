@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hsd.config import Config
+from hsd.logs.completions import CompletionRow
+from hsd.logs.trackers import open_trackers, remove_traces
 from hsd.metrics import JsonLines, read_json_lines, write_curves
 from hsd.objective.batch import JudgedRollout
 from hsd.policy.load import save_policy
@@ -35,6 +37,7 @@ class RunFolder:
 
     Raises:
         FileExistsError: the folder holds something.
+        ValueError: what the configuration logs to cannot be used.
     """
 
     def __init__(self, path: Path, config: Config) -> None:
@@ -43,16 +46,27 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._title = path.name
-        (path / "config.json").write_text(
-            json.dumps({"config": to_dict(config), **environment()}, indent=2) + "\n",
-            encoding="utf-8",
-        )
+        recorded = {"config": to_dict(config), **environment()}
+        try:
+            self._trackers = open_trackers(config.logging, path, title=path.name, recorded=recorded)
+        except ValueError:
+            remove_traces(path)
+            path.rmdir()
+            raise
+        (path / "config.json").write_text(json.dumps(recorded, indent=2) + "\n", encoding="utf-8")
         self._metrics = JsonLines(path / "metrics.jsonl")
         self._rollouts = JsonLines(path / "rollouts.jsonl")
 
     def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl."""
+        """One line of metrics.jsonl, and its numbers for the trackers."""
         self._metrics.write({"kind": kind, "step": step, **values})
+        for tracker in self._trackers:
+            tracker.metrics(kind, step, values)
+
+    def completions(self, step: int, rows: Sequence[CompletionRow]) -> None:
+        """Some rollouts of a step for the trackers."""
+        for tracker in self._trackers:
+            tracker.completions(step, rows)
 
     def rollouts(self, step: int, group: Group, judged: Sequence[JudgedRollout]) -> None:
         """One line of rollouts.jsonl per rollout."""
@@ -77,6 +91,7 @@ class RunFolder:
                         for peer in outcome.peers.successes
                     ],
                     "advantage": outcome.advantage,
+                    "context_length": outcome.context_length,
                 }
             )
 
@@ -95,8 +110,8 @@ class RunFolder:
 
     def discard(self) -> None:
         """Removes what the constructor made: a run that cannot start leaves nothing behind."""
-        self._metrics.close()
-        self._rollouts.close()
+        self._close_files()
+        remove_traces(self.path)
         for name in ("config.json", "metrics.jsonl", "rollouts.jsonl"):
             (self.path / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not ours, what else is in it
@@ -104,10 +119,15 @@ class RunFolder:
 
     def close(self) -> None:
         """Draws the curves and closes the files."""
-        self._metrics.close()
-        self._rollouts.close()
+        self._close_files()
         records = read_json_lines(self.path / "metrics.jsonl")
         write_curves(self.path / "curves.png", records, title=self._title)
+
+    def _close_files(self) -> None:
+        self._metrics.close()
+        self._rollouts.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def environment() -> dict[str, Any]:

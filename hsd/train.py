@@ -24,6 +24,7 @@ from hsd.data.verify import Outcome
 from hsd.distributed.fsdp import is_sharded, whole_weights
 from hsd.distributed.process import World, join_world, leave_world
 from hsd.evaluate import accuracy_table, evaluate
+from hsd.logs.completions import completion_rows, completions_table
 from hsd.metrics import StepProgress, sample_table
 from hsd.objective.batch import JudgedRollout, judge
 from hsd.objective.measures import step_metrics
@@ -215,6 +216,12 @@ def _steps(trainer: Trainer, run: RunFolder | None, console: Console) -> None:
                     run.metrics("step", done, metrics)
                     for group, outcomes in judged:
                         run.rollouts(done, group, outcomes)
+                shown = config.logging.completions_every
+                if shown and done % shown == 0:
+                    rows = completion_rows(judged, config.show_samples)
+                    console.print(completions_table(rows, title=f"rollouts of step {done}"))
+                    if run:
+                        run.completions(done, rows)
                 every, last = config.evaluation.every, done == config.steps
                 if every and done % every == 0 and not last:
                     evaluations.append((f"step {done}", _measure(trainer, done, run)))

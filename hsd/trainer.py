@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -58,8 +59,9 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
         raise ValueError(
             f"evaluation.split: found no question in {config.evaluation.split}, expected some"
         )
-    if task.sandbox:
-        console.print(task.sandbox)
+    for line in (*task.notes, task.sandbox):
+        if line:
+            console.print(line, markup=False)
     if config.context.show_demonstration:
         require_solutions(task.train, option="context.show_demonstration")
     sampled, tokenizer, policy = _models(config, world, task, console)
@@ -110,7 +112,14 @@ def _models(
     """
     dtype = compute_dtype(config.model.compute_dtype)
     if config.sharding.mode == "full":
-        policy = _sharded_policy(config, world, dtype)
+        load = partial(
+            load_sharded,
+            world.main_first(lambda: policy_directory(config.model.name)),
+            config.sharding,
+            sharding_mesh(),
+            compute_dtype=dtype,
+        )
+        policy = sharded_policy(config, load, dtype)
         if config.engine.kind != "hf":
             return policy.model, load_tokenizer(config.model.name), policy
         copy, tokenizer = world.main_first(lambda: load_policy(config.model.name))
@@ -124,23 +133,34 @@ def _models(
                 config, model, tokenizer, head, task.train, compute_dtype=dtype, console=console
             )
         )
-    policy = make_policy(model, config.objective, compute_dtype=dtype)
+    return model, tokenizer, whole_policy(config, model, dtype)
+
+
+def whole_policy(
+    config: Config,
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    copy_of: Callable[[PreTrainedModel, bool], PreTrainedModel] | None = None,
+) -> Policy:
+    """A policy that is whole on each rank, with copies as `make_policy` makes them."""
+    policy = make_policy(model, config.objective, compute_dtype=dtype, copy_of=copy_of)
     # After the copies were made: they keep nothing for a backward.
     if config.sharding.activation_checkpointing:
         checkpoint_activations(model)
     if config.sharding.compile_layers:
         compile_layers(model)
-    return model, tokenizer, policy
+    return policy
 
 
-def _sharded_policy(config: Config, world: World, dtype: torch.dtype) -> Policy:
-    load = partial(
-        load_sharded,
-        world.main_first(lambda: policy_directory(config.model.name)),
-        config.sharding,
-        sharding_mesh(),
-        compute_dtype=dtype,
-    )
+def sharded_policy(
+    config: Config, load: Callable[..., PreTrainedModel], dtype: torch.dtype
+) -> Policy:
+    """A policy of shards.
+
+    Args:
+        load: `load_sharded` of the model, to be called once for each model with what differs:
+            `frozen`, and the dtype of its weights.
+    """
     return make_policy(
         load(),
         config.objective,

@@ -59,9 +59,7 @@ def warm_up(
         cached: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         model.load_state_dict(cached.state_dict())
         return
-    contexts = ContextBuilder(
-        tokenizer, ContextConfig(template=config.context.template, system=config.context.system)
-    )
+    contexts = ContextBuilder(tokenizer, ContextConfig(**_prompt_options(config)))
     rate = OptimizerConfig(
         learning_rate=config.warmup.learning_rate, warmup_steps=_RATE_WARMUP_STEPS
     )
@@ -132,12 +130,18 @@ def _key(config: Config, questions: Sequence[Question], compute_dtype: torch.dty
         "compute_dtype": str(compute_dtype),
         "warmup": dataclasses.asdict(config.warmup),
         "template": _hint_template(config.context.template),
-        "system": config.context.system,
+        **{name: value for name, value in _prompt_options(config).items() if name != "template"},
         "max_grad_norm": config.optimizer.max_grad_norm,
         "seed": config.seed,
         "questions": [[q.prompt, q.answer, q.solution] for q in questions],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _prompt_options(config: Config) -> dict[str, Any]:
+    """What of the contexts' configuration the prompts of the warm-up depend on."""
+    names = ("template", "system", "student_thinking", "teacher_thinking")
+    return {name: getattr(config.context, name) for name in names}
 
 
 def _hint_template(name: str) -> dict[str, Any]:

@@ -22,11 +22,10 @@ from hsd.credit.records import RolloutCredit, read_records, to_json
 from hsd.credit.source import CreditGroup, read_groups, sample_groups
 from hsd.credit.summary import CreditSummary
 from hsd.data.tasks import load_task
-from hsd.evaluate import recorded_config
 from hsd.policy.head import output_head
 from hsd.policy.load import load_policy
 from hsd.policy.precision import compute_dtype
-from hsd.recipe import fail, load_recipe, parse_flags
+from hsd.recipe import fail, load_recipe, parse_flags, recorded_config
 from hsd.rollout.hf import HfEngine
 from hsd.rollout.protocol import Sampling
 

@@ -2,24 +2,29 @@
 
 Both sides differ in the user turn only. What stands before and behind the user turn is rendered
 once from the model's own chat template, and what stands behind it is tokenised on its own, so that
-the response is predicted from the same last ids on both sides.
+the response is predicted from the same last ids on both sides, unless a thinking switch is set on
+one side alone.
 
 Questions, answers and peers are untrusted: strings of special tokens are dropped from them, and no
-special token can arise from their text.
+special token can arise from their text. From what the teacher is shown beside the question, so are
+the other tokens that structure a conversation, such as <think>; a question keeps those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from hsd.data.frames import Frame, chat_frame
 from hsd.data.questions import Question, require_solutions
 from hsd.data.templates import load_template
-from hsd.data.untrusted import drop_strings
+from hsd.data.untrusted import drop_strings, marker_tokens, special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_REASONING_END = "</think>"  # of Qwen3, DeepSeek-R1, GLM, SmolLM3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,22 +36,31 @@ class ContextConfig:
     Args:
         template: name of a template in templates.toml.
         system: the system message of both sides; None leaves it to the chat template.
+        student_thinking: the chat template's thinking switch (Qwen3's enable_thinking) for the
+            student, hence for rollouts; None leaves it to the template.
+        teacher_thinking: likewise for the teacher. Set unlike the student's, it makes the two
+            predict the response's first token from different ids.
         show_answer: show the correct final answer.
         show_demonstration: show the question's worked solution, its column `solution`.
         show_peer: show successful peers; which, the section peers says.
         fallback: what a rollout without a successful peer gets where peers are shown: the answer
             alone (also if show_answer is false), no teacher at all, or the policy gradient in
             the teacher's place, which rollouts with a peer then do without.
+        peer_reasoning: "drop" shows of a peer only what follows its last </think>; one without
+            that mark is shown whole.
         peer_token_budget: most tokens of each peer's text; only peers are ever cut.
         peer_keep: which part of a peer that is too long stays.
     """
 
     template: str = "default"
     system: str | None = None
+    student_thinking: bool | None = None
+    teacher_thinking: bool | None = None
     show_answer: bool = True
     show_demonstration: bool = False
     show_peer: bool = True
     fallback: Literal["answer", "skip", "policy_gradient"] = "answer"
+    peer_reasoning: Literal["keep", "drop"] = "keep"
     peer_token_budget: int = 1024
     peer_keep: Literal["head", "tail", "middle"] = "tail"
 
@@ -57,6 +71,9 @@ class ContextConfig:
         if self.fallback != "answer" and not self.show_peer:
             found = f"{self.fallback!r}, expected context.show_peer beside it"
             raise ValueError(f"context.fallback: found {found}")
+        if self.peer_reasoning not in ("keep", "drop"):
+            found = repr(self.peer_reasoning)
+            raise ValueError(f"context.peer_reasoning: found {found}, expected keep or drop")
         if self.peer_keep not in ("head", "tail", "middle"):
             found = repr(self.peer_keep)
             raise ValueError(f"context.peer_keep: found {found}, expected head, tail or middle")
@@ -74,12 +91,22 @@ class Context:
     Args:
         token_ids: the prompt, up to where the response begins.
         peer_truncated_tokens: tokens of peers that the budget cut away.
-        special_tokens_removed: special tokens dropped from the question and from all that is shown.
+        special_tokens_removed: tokens of control dropped from the question and from all that is
+            shown.
     """
 
     token_ids: list[int]
     peer_truncated_tokens: int
     special_tokens_removed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Side:
+    """What stands around the turn of the student or of the teacher."""
+
+    head: str
+    head_specials: int
+    tail_ids: tuple[int, ...]
 
 
 class ContextBuilder:
@@ -92,8 +119,8 @@ class ContextBuilder:
 
     Raises:
         TypeError: the tokenizer gives no character offsets.
-        ValueError: the template is incomplete, or the chat template does not show the user's turn
-            exactly once.
+        ValueError: the template is incomplete, the chat template does not show the user's turn
+            exactly once, or it lacks what the configuration sets of it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: ContextConfig) -> None:
@@ -103,21 +130,22 @@ class ContextBuilder:
         self._tokenizer = tokenizer
         self._config = config
         self._template = load_template(config.template)
-        specials = _special_tokens(tokenizer)
+        specials, markers = special_tokens(tokenizer), marker_tokens(tokenizer)
         self._special_texts = frozenset(specials.values())
+        self._control_texts = self._special_texts | frozenset(markers.values())
         # An id for unknown words alone is no control token: plain text may give it.
         roles = [k for k, v in tokenizer.special_tokens_map.items() if v == tokenizer.unk_token]
         unknown = {tokenizer.unk_token_id} if roles == ["unk_token"] else set()
         self._special_ids = frozenset(specials.keys() - unknown)
-        self._head, tail = self._frame()
-        self._tail_ids = self._encode(tail)
-        self._head_specials = sum(token in self._special_ids for token in self._encode(self._head))
+        self._marker_ids = frozenset(markers)
+        self._student_side = self._side(config.student_thinking, "context.student_thinking")
+        self._teacher_side = self._side(config.teacher_thinking, "context.teacher_thinking")
         self._bos_ids = self._leading_ids()
 
     def student(self, question: Question) -> list[int]:
         """The plain prompt: the question alone."""
         turn, _ = drop_strings(question.prompt, self._special_texts)
-        token_ids, _ = self._prompt(turn)
+        token_ids, _ = self._prompt(self._student_side, turn.strip(), "")
         return token_ids
 
     def teacher(
@@ -144,7 +172,7 @@ class ContextBuilder:
         turn, removed = drop_strings(question.prompt, self._special_texts)
         blocks, truncated = "", 0
         if question.answer and (config.show_answer or falls_back):
-            answer, dropped = drop_strings(question.answer, self._special_texts)
+            answer, dropped = drop_strings(question.answer, self._control_texts)
             blocks += template.answer[0] + answer + template.answer[1]
             removed += dropped
         if config.show_demonstration:
@@ -163,56 +191,62 @@ class ContextBuilder:
                 removed += dropped
                 truncated += cut
         if blocks:
-            turn = turn.strip() + blocks + template.closing
-        token_ids, dropped = self._prompt(turn)
+            blocks += template.closing
+        token_ids, dropped = self._prompt(self._teacher_side, turn.strip(), blocks)
         return Context(token_ids, truncated, removed + dropped)
 
-    def _frame(self) -> tuple[str, str]:
-        """The texts before and behind a user turn, with the generation header in the latter.
-
-        A template is rendered around a stand-in, so no question can steer its conditions.
-        """
+    def _side(self, thinking: bool | None, option: str) -> _Side:
+        """The frame of one side, its tail tokenised."""
         system = self._config.system
-        if self._tokenizer.chat_template is None:
-            if system is not None:
-                found = f"{system!r} for a model without a chat template"
-                raise ValueError(f"context.system: found {found}, expected none")
-            return self._template.plain
-        turn = "HSDUSERTURN"
-        messages = [] if system is None else [{"role": "system", "content": system}]
-        rendered: Any = self._tokenizer.apply_chat_template(
-            [*messages, {"role": "user", "content": turn}],
-            add_generation_prompt=True,
-            tokenize=False,
+        if self._tokenizer.chat_template is not None:
+            frame = chat_frame(self._tokenizer, system=system, thinking=thinking, option=option)
+        else:
+            for name, value in (("context.system", system), (option, thinking)):
+                if value is not None:
+                    found = f"{value!r} for a model without a chat template"
+                    raise ValueError(f"{name}: found {found}, expected none")
+            head, tail = self._template.plain
+            frame = Frame(head=head, tail=tail)
+        return _Side(
+            head=frame.head,
+            head_specials=_count(self._encode(frame.head), self._special_ids),
+            tail_ids=tuple(self._encode(frame.tail)),
         )
-        parts = str(rendered).split(turn)
-        if len(parts) != 2:
-            found = f"the user's turn {len(parts) - 1} times"
-            raise ValueError(f"tokenizer.chat_template: found {found}, expected it exactly once")
-        return parts[0], parts[1]
 
-    def _prompt(self, turn: str) -> tuple[list[int], int]:
-        """Ids of the whole prompt, and how many special ids the turn gave that were dropped.
+    def _prompt(self, side: _Side, turn: str, blocks: str) -> tuple[list[int], int]:
+        """Ids of the whole prompt, and how many control ids its texts gave that were dropped.
 
         Dropping strings is not enough where a tokenizer normalises text before it looks for its
-        special tokens. White space around the turn goes: many chat templates trim it, and it would
-        melt into the frame's tokens.
+        special tokens. The turn comes without white space around it: many chat templates trim it,
+        and it would melt into the frame's tokens.
         """
-        kept, allowed, removed = [], self._head_specials, 0
-        for token_id in self._encode(self._head + turn.strip()):
+        encoded = self._encode(side.head + turn + blocks)
+        specials, markers = side.head_specials, 0
+        if blocks and self._marker_ids.intersection(encoded):
+            # Those of the question stand before all that the blocks may hold.
+            markers = _count(self._encode(side.head + turn), self._marker_ids)
+        elif not blocks:
+            markers = len(encoded)
+        kept = []
+        for token_id in encoded:
             if token_id in self._special_ids:
-                if allowed == 0:
-                    removed += 1
+                specials -= 1
+                if specials < 0:
                     continue
-                allowed -= 1
+            elif token_id in self._marker_ids:
+                markers -= 1
+                if markers < 0:
+                    continue
             kept.append(token_id)
-        return self._bos_ids + kept + self._tail_ids, removed
+        return [*self._bos_ids, *kept, *side.tail_ids], len(encoded) - len(kept)
 
     def _clean_peer(self, peer: str) -> tuple[str, int]:
-        """The peer without special tokens and delimiters, and the number of the former."""
+        """The peer without tokens of control and delimiters, and the number of the former."""
+        if self._config.peer_reasoning == "drop":
+            peer = peer.rpartition(_REASONING_END)[2]
         delimiters = {self._template.peer_open, self._template.peer_close}
         encodable = peer.encode("utf-8", "replace").decode("utf-8")  # no lone surrogates
-        return drop_strings(encodable.strip(), self._special_texts, uncounted=delimiters)
+        return drop_strings(encodable.strip(), self._control_texts, uncounted=delimiters)
 
     def _truncate(self, peer: str) -> tuple[str, int]:
         """The peer cut to its budget at token boundaries, and the number of tokens cut away."""
@@ -245,7 +279,5 @@ class ContextBuilder:
         return [bos] if self._tokenizer("x")["input_ids"][0] == bos else []
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    added = tokenizer.added_tokens_decoder.items()
-    special = {token_id: str(token) for token_id, token in added if token.special}
-    return special | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+def _count(token_ids: Sequence[int], wanted: Set[int]) -> int:
+    return sum(token_id in wanted for token_id in token_ids)

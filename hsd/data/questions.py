@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,8 +56,16 @@ class Question:
 
     @property
     def prompt_key(self) -> str:
-        """The prompt with every run of white space as one space: equal keys, same question."""
-        return " ".join(self.prompt.split())
+        """The prompt's normal form: NFC, case folded, every run of white space one space.
+
+        Equal keys, same question. Not NFKC, which makes 22 of 2².
+        """
+        return " ".join(unicodedata.normalize("NFC", self.prompt).casefold().split())
+
+    @property
+    def prompt_hash(self) -> bytes:
+        """16 bytes of the normal form's SHA-256."""
+        return hashlib.sha256(self.prompt_key.encode("utf-8", "replace")).digest()[:16]
 
 
 class _NumberText(str):

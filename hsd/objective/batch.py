@@ -24,6 +24,7 @@ class JudgedRollout:
         peer: index of its first peer, if that is of its own group.
         divergence: tau, where it leaves its first peer; None if that answers another question.
         advantage: of its policy gradient; 0 without one.
+        context_length: tokens of its teacher's prompt; None without a teacher.
         row: None where the objective leaves it out.
     """
 
@@ -31,6 +32,7 @@ class JudgedRollout:
     peer: int | None
     divergence: int | None
     advantage: float
+    context_length: int | None
     peer_truncated_tokens: int
     special_tokens_removed: int
     row: TrainingRow | None
@@ -88,6 +90,7 @@ def judge(
                 peer=first.index if first and same_question and first.step == group.step else None,
                 divergence=divergence,
                 advantage=advantage,
+                context_length=len(context.token_ids) if context else None,
                 peer_truncated_tokens=context.peer_truncated_tokens if context else 0,
                 special_tokens_removed=context.special_tokens_removed if context else 0,
                 row=row if _has_loss(row, distilled, config) else None,

@@ -49,7 +49,10 @@ def step_metrics(
             sum(len(rollout.token_ids) for rollout in rollouts),
             sum(rollout.finish_reason == "length" for rollout in rollouts),
             sum(outcome.peer_truncated_tokens > 0 for outcome in outcomes),
+            sum(outcome.peer_truncated_tokens for outcome in outcomes),
             sum(outcome.special_tokens_removed for outcome in outcomes),
+            sum(outcome.context_length is not None for outcome in outcomes),
+            sum(outcome.context_length or 0 for outcome in outcomes),
         ],
         dtype=torch.float64,
     )
@@ -58,7 +61,8 @@ def step_metrics(
     gaps[world.rank] = largest_gap
     world.sum_(gaps)
     total = dict(zip(SUMS, world.sum_(sums).tolist(), strict=True))
-    count, correct, kept, with_peer, covered, tokens, cut, truncated, removed = counts.tolist()
+    count, correct, kept, with_peer, covered, tokens, cut, *contexts = counts.tolist()
+    truncated, truncated_tokens, removed, taught, context_tokens = contexts
     weight, trained = max(total["weight"], 1e-30), max(total["tokens"], 1.0)
     return {
         "reward": correct / count,
@@ -72,7 +76,9 @@ def step_metrics(
         "failed_with_peer_share": covered / max(kept, 1),
         "response_length": tokens / count,
         "cut_share": cut / count,
+        "context_length": context_tokens / max(taught, 1),
         "peers_truncated": truncated,
+        "peer_truncated_tokens": truncated_tokens,
         "special_tokens_removed": removed,
         "generated_tokens": tokens,
         "trained_tokens": total["tokens"],

@@ -1,10 +1,12 @@
-"""Tokenizers: one of a real chat model, and a byte-level one without a chat template."""
+"""Tokenizers: those of two real chat models, and a byte-level one without a chat template."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import pytest
+import qwen3
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -48,3 +50,16 @@ def plain_tokenizer() -> PreTrainedTokenizerBase:
         single="<s> $A", special_tokens=[("<s>", bos)]
     )
     return fast
+
+
+@pytest.fixture(scope="session")
+def qwen3_tokenizer() -> PreTrainedTokenizerBase:
+    """Qwen3's own, chat template included; CI sets HSD_REQUIRE_QWEN3 and must not skip this."""
+    try:
+        path = qwen3.directory()
+    except qwen3.Unavailable as reason:
+        message = f"NOT TESTED on the true Qwen3 tokenizer ({qwen3.PACKAGE}): {reason}"
+        if os.environ.get("HSD_REQUIRE_QWEN3"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return AutoTokenizer.from_pretrained(path)

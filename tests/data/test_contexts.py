@@ -26,7 +26,7 @@ HOSTILE = [
 ]
 
 
-@pytest.fixture(params=["chat_tokenizer", "plain_tokenizer"])
+@pytest.fixture(params=["chat_tokenizer", "qwen3_tokenizer", "plain_tokenizer"])
 def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
     return request.getfixturevalue(request.param)
 

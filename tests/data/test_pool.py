@@ -10,7 +10,8 @@ import pytest
 from pool_verifiers import obedient
 
 from hsd.data.questions import Question
-from hsd.data.tasks import ReasoningGymTask, load_task
+from hsd.data.task_configs import ReasoningGymTask
+from hsd.data.tasks import load_task
 from hsd.data.verify import Outcome, by_path
 from hsd.data.verify.pool import VerifierPool
 

@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 
-from hsd.data.tasks import (
+from hsd.data.task_configs import (
     ArithmeticTask,
+    HuggingFaceTask,
     HumanEvalTask,
     JsonlTask,
+    ReasoningGymMixtureTask,
     ReasoningGymTask,
-    Task,
     TaskConfig,
-    load_task,
 )
+from hsd.data.tasks import Task, load_task
 
 SIZES = {"train_questions": 20, "validation_questions": 5, "heldout_questions": 10}
 
@@ -93,6 +94,8 @@ def test_configs_load_from_json() -> None:
     for config in (
         ArithmeticTask(kind="multiply_add", digits=3),
         JsonlTask(train=Path("a.jsonl"), heldout=Path("b.jsonl"), verifier="exact"),
+        HuggingFaceTask(dataset="gsm8k", subset="main", answer_marker="####"),
+        ReasoningGymMixtureTask(weights={"a": 2.0}, options={"a": options}),
         ReasoningGymTask(dataset="basic_arithmetic", options=options),
     ):
         text = json.dumps(dataclasses.asdict(config), default=str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,16 +17,18 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from hsd import train, trainer
+from hsd import train
 from hsd.config import Config
 from hsd.distributed.budget import command, simulate
 from hsd.distributed.budget.architecture import load_architecture
 from hsd.distributed.budget.search import GRANULE, longest_response
 from hsd.distributed.budget.simulate import Scenario
 from hsd.distributed.config import ShardingConfig
-from hsd.distributed.process import World, leave_world
+from hsd.distributed.load import load_sharded
+from hsd.distributed.process import World, leave_world, sharding_mesh
 from hsd.objective.config import ObjectiveConfig
 from hsd.policy.optimizer import adamw
+from hsd.trainer import sharded_policy, whole_policy
 from hsd_kernels import workspace
 from hsd_kernels.rows import torch_rows
 
@@ -84,7 +87,13 @@ def measured_peak(given: Scenario, folder: Path) -> int:
     config = replace(given.config, model=replace(given.config.model, name=str(folder)))
     model = AutoModelForCausalLM.from_config(given.architecture, dtype=torch.float32).eval()
     model.save_pretrained(folder)
-    policy = trainer._policy(config, model, torch.float32)
+    if config.sharding.mode == "full":
+        load = partial(
+            load_sharded, folder, config.sharding, sharding_mesh(), compute_dtype=torch.float32
+        )
+        policy = sharded_policy(config, load, torch.float32)
+    else:
+        policy = whole_policy(config, model, torch.float32)
     parts: Any = SimpleNamespace(
         config=config,
         policy=policy,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hsd.config import Config
-from hsd.data.tasks import JsonlTask
+from hsd.data.task_configs import JsonlTask
 from hsd.recipe import config_from_dict, load_recipe, parse_arguments, to_dict
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("**/*.toml"))

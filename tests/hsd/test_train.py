@@ -38,6 +38,7 @@ ROLLOUT_FIELDS = {
     "divergence",
     "peers",
     "advantage",
+    "context_length",
 }
 
 

@@ -16,21 +16,20 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from hsd import train, trainer
+from hsd import train
 from hsd.config import Config
 from hsd.distributed.budget import tracker as kinds
 from hsd.distributed.budget.architecture import empty_model
 from hsd.distributed.budget.losses import chunk_loop_loss, naive_loss
 from hsd.distributed.budget.tracker import Phase, StepTracker, watching_resizes
-from hsd.distributed.config import ShardingConfig
 from hsd.distributed.fsdp import shard_policy
 from hsd.distributed.process import World
 from hsd.objective import step
-from hsd.policy import teachers
 from hsd.policy.optimizer import adamw
 from hsd.policy.packing import TrainingRow
 from hsd.policy.precision import compute_dtype
 from hsd.policy.teachers import Policy
+from hsd.trainer import sharded_policy, whole_policy
 from hsd_kernels import fused_hsd_loss, plan
 
 if TYPE_CHECKING:
@@ -191,33 +190,23 @@ def _policy(scenario: Scenario, tracker: StepTracker, mesh: DeviceMesh) -> Polic
     config, architecture = scenario.config, scenario.architecture
     # What "auto" means on the machine that is simulated, not on this one.
     auto = scenario.backend == "triton" and config.model.compute_dtype == "auto"
-    dtype = torch.bfloat16 if auto else compute_dtype(config.model.compute_dtype)
+    compute = torch.bfloat16 if auto else compute_dtype(config.model.compute_dtype)
 
-    def load(
-        _directory: object,
-        sharding: ShardingConfig,
-        mesh: DeviceMesh,
-        *,
-        compute_dtype: torch.dtype,
-        frozen: bool = False,
-        dtype: torch.dtype = torch.float32,
-    ) -> PreTrainedModel:
+    def load(*, frozen: bool = False, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         model = empty_model(architecture, dtype=dtype)
-        shard_policy(model, sharding, mesh, compute_dtype=compute_dtype, frozen=frozen)
+        shard_policy(model, config.sharding, mesh, compute_dtype=compute, frozen=frozen)
         return model.to_empty(device="cpu")
 
-    def new(*_: object) -> PreTrainedModel:
+    def whole(*_: object) -> PreTrainedModel:
         return empty_model(architecture, dtype=torch.float32, device="cpu")
 
-    with (
-        mock.patch.multiple(
-            trainer, load_sharded=load, policy_directory=_no, sharding_mesh=lambda: mesh
-        ),
+    if config.sharding.mode == "full":
+        policy = sharded_policy(config, load, compute)
+    else:
         # A copy of a fake tensor would copy memory that is not there.
-        mock.patch.object(teachers, "_frozen", lambda *_: new().requires_grad_(False)),
-    ):
-        whole: Any = new() if config.sharding.mode == "none" else None
-        policy = trainer._policy(config, whole, dtype)
+        policy = whole_policy(
+            config, whole(), compute, copy_of=lambda *_: whole().requires_grad_(False)
+        )
     for model in _models(policy):
         own, sharding = model is policy.model, config.sharding
         in_host_memory = sharding.offload == "all" if own else sharding.offload_reference

@@ -13,7 +13,8 @@ from hsd.data.human_eval import load
 from hsd.data.questions import Question, UnitTests
 from hsd.data.sandbox import local, seccomp, wire
 from hsd.data.sandbox.local import Job, Limits, LocalSandbox, Result
-from hsd.data.tasks import HumanEvalTask, JsonlTask, load_task
+from hsd.data.task_configs import HumanEvalTask, JsonlTask
+from hsd.data.tasks import load_task
 from hsd.data.verify import Outcome
 from hsd.data.verify.code import program_text, unit_tests
 from hsd.data.verify.pool import VerifierPool
@@ -173,7 +174,7 @@ def test_tasks_with_code(sandbox: LocalSandbox, tmp_path: Path) -> None:
         {"prompt": "Echo.", "cases": [["a", "a"]], "answer": "print(input())"},
     ]
     path.write_text("\n".join(map(json.dumps, records)))
-    task = load_task(JsonlTask(train=path, verifier="code"))
+    task = load_task(JsonlTask(train=path, verifier="code", heldout_questions=0))
     assert task.train[0].answer == ""
     assert task.sandbox is not None and "namespaces" in task.sandbox
     texts = ["def f(x): return 2 * x", "print(input())"]
@@ -197,7 +198,7 @@ def test_broken_code_questions(tmp_path: Path, record: dict[str, object], messag
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps({"prompt": "p", **record}))
     with pytest.raises(ValueError, match=message):
-        load_task(JsonlTask(train=path, verifier="code"))
+        load_task(JsonlTask(train=path, verifier="code", heldout_questions=0))
 
 
 def test_program_text_takes_the_last_block() -> None:
