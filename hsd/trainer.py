@@ -140,7 +140,7 @@ def _models(
     if config.sharding.mode == "full":
         load = partial(
             load_sharded,
-            policy_directory(config.model.name),
+            world.main_first(lambda: policy_directory(config.model.name)),
             config.sharding,
             sharding_mesh(),
             compute_dtype=dtype,

@@ -46,6 +46,10 @@ class WeightFiles:
         """Writes the weights after `version` updates, and removes those before them."""
         path = self.folder / f"version-{version}"
 
+        causal: Any = model
+        # Else transformers writes on the first rank alone, and each rank has servers of its own.
+        causal.should_save_on_this_rank = lambda is_main_process: is_main_process
+
         def write(directory: Path) -> None:
             model.save_pretrained(directory, state_dict=full_state(model, self._dtype))
             self._tokenizer.save_pretrained(directory)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
@@ -74,3 +76,16 @@ def test_files_that_cannot_be_written_leave_the_former_ones(
     with pytest.raises(OSError, match="no space left"):
         files.write(model, 2)
     assert files.current == first and list(files.folder.iterdir()) == [first]
+
+
+def test_every_rank_writes_the_weights_of_its_servers(
+    make_model: MakeModel, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    model = make_model()
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        path = WeightFiles(tokenizer, dtype=torch.float32, parent=tmp_path).write(model, 1)
+    finally:
+        dist.destroy_process_group()
+    assert (path / "model.safetensors").exists()
+    assert (path / "config.json").exists()
