@@ -137,7 +137,8 @@ def test_a_deliberate_n_x_v_buffer_is_on_both_sides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = scenario()
-    plain = simulated_peak(given), measured_peak(given, tmp_path)
+    buffer = 8 * ROWS * VOCAB * 4
+    assert simulated_peak(given) < buffer
     heads = workspace._heads
 
     def wasteful(problem: Any, *rest: Any) -> Any:
@@ -146,12 +147,11 @@ def test_a_deliberate_n_x_v_buffer_is_on_both_sides(
 
     monkeypatch.setattr(workspace, "_heads", wasteful)
     simulated, measured = simulated_peak(given), measured_peak(given, tmp_path)
+    assert min(simulated, measured) > buffer
     assert simulated == pytest.approx(measured, rel=0.1)
-    for without, having in zip(plain, (simulated, measured), strict=True):
-        assert having > without + 2 * ROWS * VOCAB * 4
 
 
-def test_each_rank_has_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_rank_has_its_share() -> None:
     given = scenario(world_size=4, mode="full", offload="optimizer", offload_reference=True)
     found = simulate.simulate(given)
     share = 4 * given.parameters / 4
@@ -161,6 +161,8 @@ def test_each_rank_has_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.resident["optimiser state"] == found.resident["reference, teacher"] == 0
     # Every weight is gathered for teacher, student, backward and reference, but the head, which
     # stays whole, once for the policy and once for the reference.
+    for phase in found.phases:
+        assert sum(phase.by_kind().values()) == phase.peak
     head = 4 * VOCAB * 64
     gathered = sum(phase.traffic["allgather"] for phase in found.phases)
     layers = 4 * given.parameters - 2 * head
@@ -227,7 +229,9 @@ def test_the_command(
     assert "fits, " in shown
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert run_hsd(*words, "--gpu-memory", "1GB", "--no-search") == 1
-    assert "does not fit, 1.0 GB are missing" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "does not fit, 1." in shown
+    assert "no engine fits beside the trainer" in shown
     assert not dist.is_initialized()
 
 

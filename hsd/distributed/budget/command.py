@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import warnings
 from dataclasses import dataclass
@@ -149,6 +150,11 @@ def _show(
             else f"[red]does not fit, {report.gigabytes(-left)} GB are missing"
         )
     )
+    if sampling.at_a_time < 1:
+        console.print(
+            f"[red]no engine fits beside the trainer: {report.gigabytes(sampling.weights)} GB of "
+            f"its weights on each GPU with --engine-gpus {scenario.engine_gpus}"
+        )
     estimate = estimate_step(scenario, simulation, sampling, assumptions)
     console.print(_step_table(scenario, simulation, sampling, estimate))
     console.print(f"modelled with {assumptions.described()}", highlight=False)
@@ -179,7 +185,8 @@ def _step_table(
     table.add_row("work", f"{estimate.flop / 1e15:.1f} PFLOP (simulated)")
     table.add_row("rollouts at a time", f"{sampling.at_a_time:.1f} of full length (calculated)")
     for name, seconds in estimate.seconds.items():
-        table.add_row(name, f"{seconds:.0f} s (modelled)")
+        if math.isfinite(seconds):
+            table.add_row(name, f"{seconds:.0f} s (modelled)")
     return table
 
 

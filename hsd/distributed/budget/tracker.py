@@ -256,9 +256,11 @@ class StepTracker(FakeTensorMode):  # type: ignore[no-untyped-call]
 
     def _free_dead(self) -> None:
         while self._dead:
-            allocation = self._found.pop(self._dead.popleft().key)[1]
+            key = self._dead.popleft().key
+            allocation = self._found[key][1]
             if not allocation.on_host:
                 self._change(-allocation.nbytes)
+            del self._found[key]
 
     def _change(self, nbytes: int) -> None:
         if nbytes < 0:

@@ -32,7 +32,7 @@ def programs(tmp_path: Path) -> Path:
 
 def launched(script: str, programs: Path, **environment: str) -> list[str]:
     done = subprocess.run(
-        ["bash", ROOT / "launch" / script, "recipe.toml", "--seed", "1"],
+        ["bash", ROOT / "cluster" / script, "recipe.toml", "--seed", "1"],
         env={"PATH": f"{programs}:/usr/bin:/bin", **environment},
         capture_output=True,
         text=True,

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One training run over several machines, started by hand: run this on each of them.
 #
-#   NODES=4 NODE=0 MAIN=node0.example:29500 launch/torchrun.sh recipes/qwen3_32b_32gpu.toml [ARGUMENT ...]
+#   NODES=4 NODE=0 MAIN=node0.example:29500 cluster/torchrun.sh recipes/qwen3_32b_32gpu.toml [ARGUMENT ...]
 #
 # NODES machines, this one is NODE (from 0), MAIN is an address of machine 0 that all of them reach.
 # Code, environment, recipe, data and model must be there on each; the run folder is machine 0's.
