@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from launch import launch
 from safetensors.torch import load_file
 
 from hsd.config import ObjectiveConfig
@@ -19,6 +18,7 @@ from hsd.metrics import read_json_lines
 from hsd.objective.step import accumulate_gradients
 from hsd.policy.packing import TrainingRow
 from hsd.policy.teachers import Policy
+from launch import launch
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from launch import launch
 from safetensors.torch import load_file
 from sharded_steps import run_steps
 from sharding_cases import ALL, EQUAL, OFFLOADS, ROUNDED, WRONG, Case, rows_of_steps
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from hsd.distributed.process import World
 from hsd.metrics import read_json_lines
 from hsd.policy.teachers import make_policy
+from launch import launch
 
 pytestmark = pytest.mark.slow
 
