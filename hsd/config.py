@@ -223,6 +223,12 @@ class Config:
             self.engine.kind == "hf" or rollout.top_p == 1 or rollout.temperature == 1,
             "1 beside a temperature that is not: vLLM reports log-probs before both or after both",
         )
+        require(
+            "engine.weight_sync",
+            self.engine.weight_sync,
+            self.engine.weight_sync == "files" or self.sharding.mode == "none",
+            "files with sharding.mode 'full'",
+        )
         updates, questions = self.optimizer.updates_per_step, rollout.questions_per_step
         require(
             "optimizer.updates_per_step",

@@ -52,13 +52,18 @@ def make_engine(
             compute_dtype=dtype,
             sampling=sampling,
             concurrent=max(1, rollout.batch_rows // rollout.group_size),
-            rank=world.rank,
-            ranks=world.size,
+            world=world,
         )
     from hsd.rollout.vllm_colocated import VllmColocatedEngine
 
     return VllmColocatedEngine(
-        engine, model, tokenizer, compute_dtype=dtype, sampling=sampling, seed=config.seed
+        engine,
+        model,
+        tokenizer,
+        compute_dtype=dtype,
+        sampling=sampling,
+        seed=config.seed,
+        world=world,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from launch import launch
 from safetensors.torch import load_file
 
 from hsd.config import ObjectiveConfig
@@ -18,7 +19,6 @@ from hsd.metrics import read_json_lines
 from hsd.objective.step import accumulate_gradients
 from hsd.policy.packing import TrainingRow
 from hsd.policy.teachers import Policy
-from launch import launch
 
 pytestmark = pytest.mark.slow
 
