@@ -27,7 +27,13 @@ RunHsd = Callable[..., int]
 Go = Callable[..., tuple[int, Path]]
 
 ALONE = World(rank=0, size=1)
-TIMINGS = {"seconds", "rollout_seconds", "update_seconds", "tokens_per_second"}
+MEASURED = {
+    "seconds",
+    "rollout_seconds",
+    "update_seconds",
+    "tokens_per_second",
+    "peak_memory_bytes",
+}
 KILLS = int(os.environ.get("HSD_KILLS", "2"))
 
 # Everything that a step leaves for later ones: two averages, momentum, a buffer, the stream.
@@ -61,7 +67,7 @@ def go(tmp_path: Path, make_recipe: MakeRecipe, run_hsd: RunHsd) -> Go:
 
 def history(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     records = read_json_lines(run / "metrics.jsonl")
-    kept = [{k: v for k, v in record.items() if k not in TIMINGS} for record in records]
+    kept = [{k: v for k, v in record.items() if k not in MEASURED} for record in records]
     return kept, read_json_lines(run / "rollouts.jsonl")
 
 

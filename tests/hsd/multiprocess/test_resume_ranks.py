@@ -86,17 +86,21 @@ def assert_ends_at_once(how: str, run: Path, recipe: Path, cache: Path) -> str:
     return ours
 
 
+@pytest.mark.parametrize("mode", ["none", "full"])
 def test_a_rank_that_fails_ends_the_job_with_one_traceback_and_three_ranks_go_on(
-    tmp_path: Path, make_recipe: Callable[..., Path], run_hsd: Callable[..., int]
+    mode: str, tmp_path: Path, make_recipe: Callable[..., Path], run_hsd: Callable[..., int]
 ) -> None:
-    recipe, run = make_recipe(tmp_path / "recipe", CHANGES), tmp_path / "run"
+    changes = {**CHANGES, "warmup": {"steps": 0}} if mode == "full" else CHANGES
+    run = tmp_path / "run"
+    recipe = make_recipe(tmp_path / "recipe", {**changes, "sharding": {"mode": mode}})
     err = assert_ends_at_once("broken", run, recipe, tmp_path / "cache")
     assert err.count("Traceback (most recent call last)") == 1, err
     assert err.count("RuntimeError: rank 1 is broken") == 1, err
     more = launch(HERE / "forked.py", 3, "--resume", run, cache=tmp_path / "cache")
     _, err = more.communicate(timeout=240)
     assert more.returncode == 0, err
-    assert run_hsd("train", recipe, "--run-dir", tmp_path / "whole") == 0
+    whole = make_recipe(tmp_path / "recipe", changes)
+    assert run_hsd("train", whole, "--run-dir", tmp_path / "whole") == 0
     assert drawn(run) == drawn(tmp_path / "whole")
     for name in ("kl", "ref_kl", "grad_norm"):
         assert column(run, name) == pytest.approx(column(tmp_path / "whole", name), rel=1e-3)
