@@ -13,8 +13,8 @@ from hsd_kernels import fused_hsd_loss, ops
 from hsd_kernels.rows import torch_logits
 
 LEARNED = ("student_hidden", "weight")
-ROWS, HIDDEN, VOCAB = 256, 32, 8000
-CHUNK_BYTES = 64 * 3 * 4 * VOCAB
+ROWS, HIDDEN, VOCAB = 512, 32, 8000
+CHUNK_BYTES = 128 * 3 * 4 * VOCAB
 
 
 class Tracker(MemTracker):
