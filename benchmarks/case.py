@@ -167,9 +167,10 @@ class _kept_columns:
     def __enter__(self) -> _Kept:
         kept, self._decide = _Kept(), pipeline.kept_columns
 
-        def watched(gradient: torch.Tensor, **options: Any) -> torch.Tensor | None:
-            columns = self._decide(gradient, **options)
-            mass = gradient.abs().sum(0, dtype=torch.float64)
+        def watched(masses: torch.Tensor, **options: Any) -> torch.Tensor | None:
+            columns = self._decide(masses, **options)
+            # Of each column, (V,), or a gradient (C, V) that has still to be summed over its rows.
+            mass = torch.atleast_2d(masses).abs().sum(0, dtype=torch.float64)
             kept.columns.append(len(mass) if columns is None else len(columns))
             kept.mass += float(mass.sum())
             kept.dropped += 0.0 if columns is None else float(mass.sum() - mass[columns].sum())

@@ -67,7 +67,7 @@ def _sparse(record: Record) -> str:
         [
             row["method"],
             f"{statistics.median(row['seconds']):.3f}",
-            _number(row["columns_kept"], ".1%"),
+            _number(row["columns_kept"], ".2%"),
             _number(row["mass_dropped"], ".2%"),
             _number(row["student_error"], ".2e"),
             _number(row["head_error"], ".2e"),

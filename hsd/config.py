@@ -210,6 +210,8 @@ class Config:
             rounds == 1 or filtered,
             "1 without objective.group_filter",
         )
+        every, mode = self.credit.every, self.sharding.mode
+        require("credit.every", every, every == 0 or mode == "none", "0 with sharding.mode 'full'")
         steps = self.warmup.steps
         require(
             "warmup.steps",

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from hsd.credit.figures import write_figures
 from hsd.credit.files import Format, read_records, write_records
-from hsd.credit.html import write_page
+from hsd.credit.html import sidecar_folder, write_page
 from hsd.credit.records import RolloutCredit
 from hsd.credit.summary import CreditSummary
 
@@ -75,8 +75,11 @@ def write_export(
         tokenizer=tokenizer,
         sidecars=sidecars,
     )
-    names = ("credit.html", records.name, "summary.json", "figures")
-    return Exported(numbers=numbers, shown=shown, names=names)
+    names = ["credit.html", records.name, "summary.json", "figures"]
+    beside = sidecar_folder(out / "credit.html")
+    if beside.exists():
+        names.append(beside.name)
+    return Exported(numbers=numbers, shown=shown, names=tuple(names))
 
 
 def _records(

@@ -16,6 +16,7 @@ KERNELS = {"partials", "mixture", "gradient", "column_mass", "column_error"}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # six targets, minutes on a busy machine
 def test_no_spill_and_no_narrow_load_of_row_data(tmp_path):
     """In a process of its own: in this one, triton interprets. The vocabulary is odd."""
     report = tmp_path / "report.json"
