@@ -306,7 +306,7 @@ def test_a_replay_is_the_run_bit_by_bit_and_samples_nothing(
     def sampled(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("an engine or a verifier was made")
 
-    monkeypatch.setattr("hsd.trainer.HfEngine", sampled)
+    monkeypatch.setattr("hsd.trainer.make_engine", sampled)
     monkeypatch.setattr("hsd.trainer.VerifierPool", sampled)
     status, replayed = go("--replay", run / "rollouts.jsonl", name="replayed", checkpoint_every=0)
     assert status == 0
