@@ -14,7 +14,7 @@ INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check 
 SOURCES = pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser test-vllm test-kernels compiled bench lint format clean
+.PHONY: help demo test test-browser test-vllm test-kernels test-kills compiled bench lint format clean
 
 help:
 	@echo 'make demo       train a small language model with the quickstart recipe'
@@ -23,6 +23,7 @@ help:
 	@echo 'make test-vllm  train with a real vLLM server on the CPU, from $(VLLM_VENV); takes 15 minutes'
 	@echo 'make tokenizer  fetch the Qwen3 tokenizer that make test needs for a part of its tests'
 	@echo 'make test-kernels  the whole grid of the Triton kernels, interpreted; takes an hour'
+	@echo 'make test-kills  kill a training run twenty times and resume it; takes minutes'
 	@echo 'make compiled   compile every Triton kernel for NVIDIA and AMD; needs no GPU'
 	@echo 'make bench      time and memory against every rival; hours, with ARGS=--quick 12 minutes'
 	@echo 'make lint       lint and type-check only'
@@ -67,6 +68,10 @@ test-vllm: $(VENV)/.stamp-test $(VLLM_VENV)/.stamp-vllm
 
 test-kernels: $(VENV)/.stamp-test
 	HSD_FULL_GRID=1 $(VENV)/bin/python -m pytest tests/kernels/test_triton_rows.py --timeout 0 $(ARGS)
+
+test-kills: $(VENV)/.stamp-test
+	HSD_KILLS=20 $(VENV)/bin/python -m pytest tests/hsd/test_resume.py \
+		tests/hsd/multiprocess/test_resume_ranks.py --timeout 0 $(ARGS)
 
 compiled: $(VENV)/.stamp-test
 	$(VENV)/bin/python -m benchmarks.compiled --all $(ARGS)

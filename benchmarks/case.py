@@ -44,7 +44,7 @@ class Row:
     """One method's line.
 
     Attributes:
-        chunk: the fastest of those tried; 0 for a method without chunks.
+        chunk: the fastest of those tried, where several were; 0 for a method without chunks.
         first_seconds: of the very first run, compilation included.
         seconds: of each round, in the alternation of the case.
         loss_error, student_error, head_error: relative, against fp64; None where there is none.
@@ -127,8 +127,9 @@ def _prepared(work: Work, method: Method, truth: Result, sweep: int) -> dict[str
         torch.compiler.reset()  # each size is compiled as the only one would be
         compiling = timing.seconds(_runner(method, work, chunk))
         first = compiling if first is None else first
-        tried[chunk] = timing.seconds(_runner(method, work, chunk))
-    best = min(tried, key=lambda chunk: tried[chunk])
+        if len(candidates) > 1:
+            tried[chunk] = timing.seconds(_runner(method, work, chunk))
+    best = min(tried, key=lambda chunk: tried[chunk]) if tried else candidates[0]
     found: dict[str, Any] = {"chunk": best, "chunks_tried": tried, "first_seconds": first}
     if not method.exact:
         return found
@@ -145,7 +146,9 @@ def _prepared(work: Work, method: Method, truth: Result, sweep: int) -> dict[str
 
 
 def _spread(values: Sequence[int], count: int) -> list[int]:
-    """At most `count` values, evenly from the largest down."""
+    """At most `count` values, evenly from the largest down; the middle one where it is one."""
+    if count == 1:
+        return [values[len(values) // 2]]
     step = max(1, -(-len(values) // count))
     return sorted(values[::-1][::step])
 
@@ -164,9 +167,10 @@ class _kept_columns:
     def __enter__(self) -> _Kept:
         kept, self._decide = _Kept(), pipeline.kept_columns
 
-        def watched(gradient: torch.Tensor, **options: Any) -> torch.Tensor | None:
-            columns = self._decide(gradient, **options)
-            mass = gradient.abs().sum(0, dtype=torch.float64)
+        def watched(masses: torch.Tensor, **options: Any) -> torch.Tensor | None:
+            columns = self._decide(masses, **options)
+            # Of each column, (V,), or a gradient (C, V) that has still to be summed over its rows.
+            mass = torch.atleast_2d(masses).abs().sum(0, dtype=torch.float64)
             kept.columns.append(len(mass) if columns is None else len(columns))
             kept.mass += float(mass.sum())
             kept.dropped += 0.0 if columns is None else float(mass.sum() - mass[columns].sum())

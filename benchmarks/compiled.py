@@ -12,9 +12,6 @@ import argparse
 import itertools
 import json
 import os
-import re
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -30,6 +27,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from benchmarks.machine_code import bodies, read_amdgcn, read_sass
 from hsd_kernels.rows import RowInputs, RowSpec, triton_rows
 from hsd_kernels.rows.buffers import row_buffer
 from hsd_kernels.statistics import DIVERGENCES, Coefficients, Row
@@ -59,7 +57,9 @@ class Compiled:
         shared_bytes: per program.
         row_load_bits: widths of loads of 128 bits and more, and how many there are per thread.
         narrow_loads: loads below 128 bits: values of the whole row, as many for any tile.
-        expected_load_bits: what a thread must load of its row data.
+        body_load_bits: what each body loads in 128 bits and more. A body is an innermost loop that
+            loads anything; the whole kernel where there is none, as it then sees its tile once.
+        expected_load_bits: what a thread must load of its row data in a body.
         instructions: per thread and element, as they stand in the code, which has no loop.
         occupancy: share of the warps that fit a multiprocessor.
     """
@@ -72,6 +72,7 @@ class Compiled:
     shared_bytes: int
     row_load_bits: dict[str, int]
     narrow_loads: int
+    body_load_bits: list[int]
     expected_load_bits: int
     instructions: float
     occupancy: float
@@ -79,13 +80,14 @@ class Compiled:
     @property
     def faults(self) -> list[str]:
         """What must not be: spills, and row data that is loaded in less than 128 bits."""
-        loaded = sum(int(width) * count for width, count in self.row_load_bits.items())
         found = []
         if self.spilled_bytes:
             found.append(f"{self.spilled_bytes} bytes spilled")
-        # A pipelined loop has its loads more than once.
-        if loaded == 0 or loaded % self.expected_load_bits:
-            found.append(f"{loaded} of {self.expected_load_bits} bits loaded in 128 bits or more")
+        for loaded in self.body_load_bits:
+            # An unrolled loop has its loads more than once.
+            if loaded == 0 or loaded % self.expected_load_bits:
+                expected = self.expected_load_bits
+                found.append(f"{loaded} of {expected} bits loaded in 128 bits or more")
         return found
 
 
@@ -176,6 +178,8 @@ def compile_variant(spec: RowSpec, storage: str) -> list[tuple[str, Any, int]]:
             triton_rows.row_mixture(spec, x, statistics)
         triton_rows.row_grad(spec, x, statistics, Coefficients(*[one] * 7), out)
         triton_rows.column_mass(out)
+        if storage == "bf16" and not spec.softcap:
+            triton_rows.row_errors(spec, x, statistics, Coefficients(*[one] * 7))
     finally:
         triton_rows.launch = launch
     sides = 1 + (spec.teacher != "absent") + (spec.reference != "absent")
@@ -189,9 +193,11 @@ def measure(target: str, kernel: str, variant: str, compiled: Any, row_bytes: in
     gpu = TARGETS[target]
     threads = compiled.metadata.num_warps * gpu.warp_size
     # The mass of columns is summed over steps of 8 rows of 512 columns.
-    elements = (8 * 512 if kernel == "column_mass_kernel" else triton_rows.TILE) // threads
-    read = _read_sass if gpu.backend == "cuda" else _read_amdgcn
-    registers, spilled, loads, instructions = read(compiled)
+    whole = {"column_mass_kernel": 8 * 512, "column_error_kernel": 8 * threads}
+    elements = whole.get(kernel, triton_rows.TILE) // threads
+    read = read_sass if gpu.backend == "cuda" else read_amdgcn
+    registers, spilled, code = read(compiled)
+    loads = Counter(line.load_bits for line in code if line.load_bits)
     shared = compiled.metadata.shared
     return Compiled(
         target=target,
@@ -202,53 +208,13 @@ def measure(target: str, kernel: str, variant: str, compiled: Any, row_bytes: in
         shared_bytes=shared,
         row_load_bits={str(w): n for w, n in sorted(loads.items()) if w >= 128},
         narrow_loads=sum(n for w, n in loads.items() if w < 128),
+        body_load_bits=[
+            sum(line.load_bits for line in body if line.load_bits >= 128) for body in bodies(code)
+        ],
         expected_load_bits=8 * row_bytes * elements,
-        instructions=round(instructions / elements, 1),
+        instructions=round(sum(line.counts for line in code) / elements, 1),
         occupancy=_occupancy(gpu, registers, shared, compiled.metadata.num_warps),
     )
-
-
-def _read_sass(compiled: Any) -> tuple[int, int, Counter[int], int]:
-    """Registers, spilled bytes, loads by width in bits, and instructions."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(compiled.asm["cubin"])
-        tool = triton.knobs.nvidia.cuobjdump.path
-        usage = _output(tool, "-res-usage", path)
-        sass = _output(tool, "-sass", path)
-    (registers,) = re.findall(r"REG:(\d+)", usage)
-    spilled = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
-    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass)
-    spilled += 4 * sum(code.startswith(("LDL", "STL")) for code in opcodes)
-    loads: Counter[int] = Counter()
-    for code in opcodes:
-        if code.startswith("LDG"):
-            loads[int((re.findall(r"\.(256|128|64)", code) or ["32"])[0])] += 1
-    return int(registers), spilled, loads, sum(code not in ("NOP", "EXIT") for code in opcodes)
-
-
-def _read_amdgcn(compiled: Any) -> tuple[int, int, Counter[int], int]:
-    """As `_read_sass`."""
-    code = compiled.asm["amdgcn"]
-
-    def value(name: str) -> int:
-        return max(int(n) for n in re.findall(rf"\.{name}:\s+(\d+)", code))
-
-    spilled = value("private_segment_fixed_size")
-    spilled += 4 * (value("vgpr_spill_count") + value("sgpr_spill_count"))
-    opcodes = re.findall(r"^\t([a-z]+_\w+)", code, flags=re.MULTILINE)
-    loads: Counter[int] = Counter()
-    for match in re.finditer(r"^\t(?:global|buffer)_load_(\w+)", code, flags=re.MULTILINE):
-        width = re.fullmatch(r"dword(?:x(\d+))?", match[1])
-        loads[32 * int(width[1] or 1) if width else 16] += 1
-    return value("vgpr_count"), spilled, loads, len(opcodes)
-
-
-def _output(*command: Any) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{command[0]}: {done.stderr.strip()}")
-    return done.stdout
 
 
 def _occupancy(gpu: GPUTarget, registers: int, shared: int, warps: int) -> float:

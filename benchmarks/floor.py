@@ -21,7 +21,7 @@ def forward_gemms(work: Work, student: Tensor, head: Tensor, chunk: int) -> Tens
 @torch.no_grad()
 def _loop(work: Work, student: Tensor, head: Tensor, chunk: int, *, backward: bool) -> Tensor:
     teacher = None if work.loss == "cross_entropy" else work.teacher
-    sides = 1 + (teacher is not None)
+    sides, chunk = 1 + (teacher is not None), min(chunk, len(student))
     logits = head.new_empty((sides * chunk, len(head)))
     third = torch.empty_like(logits[:chunk]) if work.reference is not None else None
     student_grad = torch.empty_like(student) if backward else None

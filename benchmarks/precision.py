@@ -1,4 +1,4 @@
-"""Errors of the loss by how logits are held: the table of docs/precision.md.
+"""Errors of the loss by how logits are held: the tables of docs/precision.md.
 
     python benchmarks/precision.py
 
@@ -21,6 +21,11 @@ MODES: dict[str, dict[str, Any]] = {
     "rounded to bf16": {"precision": "bf16_logits"},
     "fp32, two sets of logits": {"own_head": True},
     "fp32, difference form": {},
+}
+NARROW_MODES: dict[str, dict[str, Any]] = {  # of bf16 inputs
+    "plain PyTorch in bf16": {"plain": True},
+    "16 bits, difference form": {"precision": "difference"},
+    "fp32 from 16-bit inputs": {"precision": "fp32_logits"},
 }
 QUANTITIES = ("d student", "d head", "KL per token")
 DIVERGENCES = (1e-4, 1e-2, 1.0)
@@ -55,24 +60,42 @@ def solve(given: dict[str, Tensor], *, own_head: bool = False, **options: Any) -
     return {**gradients, "kl": out.stats.kl}
 
 
-def errors(kl: float, offset: float) -> dict[str, list[float]]:
+def solve_plainly(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same by log-softmaxes of the logits, in the dtype of the inputs."""
+    student, weight = (given[n].detach().requires_grad_() for n in ("student_hidden", "weight"))
+    log_p = torch.log_softmax(student @ weight.T, -1)
+    log_q = torch.log_softmax(given["teacher_hidden"] @ weight.detach().T, -1)
+    kl = torch.nn.functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+    student_grad, weight_grad = torch.autograd.grad(kl.mean(), (student, weight))
+    return {"student_hidden": student_grad, "weight": weight_grad, "kl": kl.detach()}
+
+
+def errors(
+    kl: float, offset: float, dtype: torch.dtype, modes: dict[str, dict[str, Any]]
+) -> dict[str, list[float]]:
     """By mode: relative errors (Euclidean norm) of d student, d head, KL per token."""
-    given = problem(kl, offset)
+    given = {name: value.to(dtype) for name, value in problem(kl, offset).items()}
     exact = solve({name: value.double() for name, value in given.items()}, backend="reference")
     return {
         mode: [
             ((found - exact[name]).norm() / exact[name].norm()).item()
-            for name, found in solve(given, **options).items()
+            for name, found in _solved(given, **options).items()
         ]
-        for mode, options in MODES.items()
+        for mode, options in modes.items()
     }
 
 
-def table() -> str:
+def _solved(given: dict[str, Tensor], *, plain: bool = False, **options: Any) -> dict[str, Tensor]:
+    return solve_plainly(given) if plain else solve(given, **options)
+
+
+def table(dtype: torch.dtype, modes: dict[str, dict[str, Any]]) -> str:
     head = " | ".join(f"{name}, offset {offset:g}" for offset in OFFSETS for name in QUANTITIES)
     lines = [f"| logits | KL | {head} |", "|---|---|" + "---|" * len(QUANTITIES) * len(OFFSETS)]
-    found = {(kl, offset): errors(kl, offset) for kl in DIVERGENCES for offset in OFFSETS}
-    for mode in MODES:
+    found = {
+        (kl, offset): errors(kl, offset, dtype, modes) for kl in DIVERGENCES for offset in OFFSETS
+    }
+    for mode in modes:
         for kl in DIVERGENCES:
             numbers = [error for offset in OFFSETS for error in found[kl, offset][mode]]
             cells = " | ".join(f"{error:.0e}" for error in numbers)
@@ -80,5 +103,10 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def tables() -> str:
+    wide = table(torch.float32, MODES)
+    return f"{wide}\n\n{table(torch.bfloat16, NARROW_MODES)}"
+
+
 if __name__ == "__main__":
-    print(table())
+    print(tables())

@@ -17,10 +17,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import activations, synthetic
+from benchmarks.case import CHOSEN_TOLERANCE
 from benchmarks.work import LOSSES
 
 QUICK_SECONDS = 11 * 60
-QUICK_MEMORY = ("hsd_kernels", "torch", "liger-kernel JSD, compiled")
+LIGER = "liger-kernel JSD, compiled"
+QUICK_MEMORY = ("hsd_kernels", "torch", LIGER)
+QUICK_TIME = (
+    "bare GEMMs",
+    "bare forward GEMMs",
+    "hsd_kernels",
+    f"hsd_kernels sparse {CHOSEN_TOLERANCE:g}",
+    "torch",
+    "torch.compile in chunks",
+    LIGER,
+)
+QUICK_PAIRS = ("bare GEMMs", "hsd_kernels", LIGER, "trl chunked JSD")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +61,12 @@ def quick() -> list[Benchmark]:
     """The most telling first."""
     few = ("--rounds", "3", "--sweep", "1")
     return [
-        _case("A", "fp32", *few),
-        _case("A", "bf16", *few),
+        _case("A", "bf16", *few, "--methods", *QUICK_TIME),
+        _case("A", "fp32", *few, "--methods", *QUICK_TIME),
         _case("D", "fp32", *few),
         _case("D", "bf16", *few),
         _memory("fp32", "--methods", *QUICK_MEMORY),
-        _case("C", "bf16", *few),
+        _case("C", "bf16", *few, "--methods", *QUICK_PAIRS),
         Benchmark(
             name="update", command=("benchmarks.update", "--tokens", "1024", "--rounds", "2")
         ),

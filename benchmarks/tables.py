@@ -67,7 +67,7 @@ def _sparse(record: Record) -> str:
         [
             row["method"],
             f"{statistics.median(row['seconds']):.3f}",
-            _number(row["columns_kept"], ".1%"),
+            _number(row["columns_kept"], ".2%"),
             _number(row["mass_dropped"], ".2%"),
             _number(row["student_error"], ".2e"),
             _number(row["head_error"], ".2e"),
@@ -124,10 +124,10 @@ def _update(record: Record) -> str:
     seconds = {name: statistics.median(found) for name, found in record["seconds"].items()}
     bound = seconds["trl"] / (seconds["trl"] - seconds["plain_head"] + seconds["floor_head"])
     ratio = timing.ratio(record["seconds"]["trl"], record["seconds"]["ours"])
-    peaks = record["extra_bytes"]
+    peaks, padded = record["extra_bytes"], record["padded_tokens"]
     lines = [
         f"- {record['rollouts']} rollouts, {record['response_tokens']:,} response tokens, one "
-        f"micro-batch of {record['padded_tokens']:,} padded tokens",
+        f"micro-batch; positions with padding: ours {padded['ours']:,}, TRL {padded['trl']:,}",
         f"- ours {seconds['ours']:.2f} s, TRL {seconds['trl']:.2f} s: {ratio:.2f} times as fast "
         f"(ours includes {seconds['reference']:.2f} s of the reference's forward, which TRL's "
         "loss has not)",

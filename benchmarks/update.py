@@ -144,6 +144,15 @@ def _pad_left(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return ids.flip(1), mask.flip(1)
 
 
+def padded_tokens(rows: Sequence[TrainingRow]) -> dict[str, int]:
+    """Positions of the teacher's forward, padding included: TRL pads prompt and response apart."""
+    longest = [max(len(row.teacher_prompt) for row in rows), max(len(r.response) for r in rows)]
+    return {
+        "ours": len(rows) * max(row.padded_length for row in rows),
+        "trl": len(rows) * sum(longest),
+    }
+
+
 def gradient_difference(first: Side, second: Side) -> float:
     """|g1 - g2| / |g2| over all parameters; leaves none behind."""
     for side in (first, second):
@@ -234,7 +243,7 @@ def compare(rows: Sequence[TrainingRow], name: str, rounds: int) -> dict[str, An
         "kind": "update",
         "rollouts": len(rows),
         "response_tokens": work.shape[0],
-        "padded_tokens": len(rows) * max(row.padded_length for row in rows),
+        "padded_tokens": padded_tokens(rows),
         "gradient_difference": difference,
         "seconds": seconds,
         "head_seconds": watched.seconds,

@@ -23,6 +23,7 @@ COMMANDS = {
     "budget": ("hsd.distributed.budget.command", "what a step of a recipe needs of each GPU"),
     "overlap": ("hsd.overlap", "count the splits of a task and the text they share"),
     "credit": ("hsd.credit.command", "show which tokens a teacher context gives credit to"),
+    "report": ("hsd.report.command", "compare runs: accuracy, drift, time, memory, alarms"),
 }
 
 # What the extra `train` installs, by the names that are imported.

@@ -9,12 +9,14 @@ from typing import Annotated, Literal
 import pydantic
 
 from hsd.checks import require
+from hsd.credit.config import CreditConfig
 from hsd.data.contexts import ContextConfig
 from hsd.data.peers import PeerConfig
 from hsd.data.task_configs import ArithmeticTask, TaskConfig
 from hsd.distributed.config import ShardingConfig
 from hsd.logs.config import LoggingConfig
 from hsd.objective.config import ObjectiveConfig
+from hsd.recovery import RecoveryConfig
 from hsd.rollout.config import EngineConfig
 
 
@@ -187,6 +189,8 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    credit: CreditConfig = field(default_factory=CreditConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
 
     def __post_init__(self) -> None:
         require("seed", self.seed, 0 <= self.seed < 2**31, "0 to 2^31 - 1")
@@ -206,6 +210,8 @@ class Config:
             rounds == 1 or filtered,
             "1 without objective.group_filter",
         )
+        every, mode = self.credit.every, self.sharding.mode
+        require("credit.every", every, every == 0 or mode == "none", "0 with sharding.mode 'full'")
         steps = self.warmup.steps
         require(
             "warmup.steps",
@@ -218,6 +224,12 @@ class Config:
             rollout.top_p,
             self.engine.kind == "hf" or rollout.top_p == 1 or rollout.temperature == 1,
             "1 beside a temperature that is not: vLLM reports log-probs before both or after both",
+        )
+        require(
+            "engine.weight_sync",
+            self.engine.weight_sync,
+            self.engine.weight_sync == "files" or self.sharding.mode == "none",
+            "files with sharding.mode 'full'",
         )
         updates, questions = self.optimizer.updates_per_step, rollout.questions_per_step
         require(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,6 +26,11 @@ class JsonLines:
         clean = {key: finite(value) for key, value in record.items()}
         self._file.write(json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
+
+    def position(self) -> int:
+        """Its bytes so far, once they are on disk."""
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         self._file.close()
@@ -73,7 +79,7 @@ _SHOWN = (
 class StepProgress:
     """The live bar of a training run: the last step's numbers and the time left."""
 
-    def __init__(self, console: Console, *, steps: int, label: str) -> None:
+    def __init__(self, console: Console, *, steps: int, label: str, done: int = 0) -> None:
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=16),
@@ -83,7 +89,7 @@ class StepProgress:
             TimeRemainingColumn(),
             console=console,
         )
-        self._task = self._progress.add_task(label, total=steps, numbers="")
+        self._task = self._progress.add_task(label, total=steps, completed=done, numbers="")
         self._console = console
 
     def __enter__(self) -> StepProgress:

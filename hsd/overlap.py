@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
     config, _ = parse_arguments(argv, prog="hsd overlap")
     try:
         task = load_task(config.task)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError) as error:
         fail(str(error))
     console = Console()
     for note in task.notes:

@@ -26,6 +26,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+OWN_OPTIONS = "[--dry-run] [--replay FILE] [--profile]"
+
 Arguments = TypeVar("Arguments")
 
 
@@ -95,7 +97,7 @@ def parse_arguments(argv: Sequence[str], *, prog: str) -> tuple[Config, bool]:
     dry_run = "--dry-run" in words
     words = [word for word in words if word != "--dry-run"]
     if not words or words[0] in ("-h", "--help"):
-        tyro.cli(Config, prog=f"{prog} RECIPE [--base RECIPE] [--dry-run]", args=["--help"])
+        tyro.cli(Config, prog=f"{prog} RECIPE [--base RECIPE] {OWN_OPTIONS}", args=["--help"])
     if words[0].startswith("-"):
         fail(f"RECIPE: found {words[0]!r}, expected the path of a recipe first")
     path, root = Path(words[0]), _take_base(words)
@@ -103,6 +105,7 @@ def parse_arguments(argv: Sequence[str], *, prog: str) -> tuple[Config, bool]:
         recipe = load_recipe(path, root)
     except (ValueError, OSError) as error:
         fail(str(error))
+    _require_source(words, recipe.task.source)
     config = parse_flags(Config, words[1:], prog=f"{prog} {path}", default=recipe)
     if config.run_dir is None:
         stem = path.stem if root is None else f"{path.stem}-{root.stem}"
@@ -149,6 +152,16 @@ def _take_base(words: list[str]) -> Path | None:
     return None
 
 
+def _require_source(words: Sequence[str], source: str) -> None:
+    """Fails where --task.source names another kind of task: flags cannot replace a table."""
+    for word, value in zip(words, [*words[1:], ""], strict=True):
+        if word == "--task.source" and value != source:
+            fail(
+                f"--task.source: found {value!r}, the recipe has {source!r}; expected a base with "
+                "such a task, as in --base recipes/own_data.toml, or a recipe of your own"
+            )
+
+
 def _unused(path: Path) -> Path:
     candidates = itertools.chain([path], (Path(f"{path}-{n}") for n in itertools.count(2)))
     return next(candidate for candidate in candidates if not candidate.exists())
@@ -156,8 +169,13 @@ def _unused(path: Path) -> Path:
 
 def fail(message: str) -> NoReturn:
     """Ends the program: one line on stderr, exit code 2."""
-    print(f"hsd: error: {' '.join(message.split())}", file=sys.stderr)
+    print_error(message)
     raise SystemExit(2)
+
+
+def print_error(message: str) -> None:
+    """One line on stderr."""
+    print(f"hsd: error: {' '.join(message.split())}", file=sys.stderr)
 
 
 def _read(path: Path, seen: tuple[Path, ...], root: Path | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The folder of a run: resolved configuration, metrics, rollouts, curves, checkpoint."""
+"""The folder of a run: resolved configuration, metrics, rollouts, curves, checkpoints."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import contextlib
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,37 +26,74 @@ from hsd.rollout.groups import Group
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+STATES = "resume"
+"""The folder in a run's folder with the checkpoints that an unfinished run resumes from."""
+
 _PACKAGES = ("hsd-kernels", "torch", "transformers", "tokenizers", "numpy", "reasoning-gym")
 
 
 class RunFolder:
-    """Creates and fills the folder of one run.
+    """Creates and fills the folder of one run, or goes on filling it.
 
     Args:
-        path: must not exist, or be empty.
+        path: must not exist, or be empty; when resuming, the run's.
         config: what the run does.
+        resume: the bytes of metrics.jsonl and rollouts.jsonl to go on from; what is behind them
+            is cut off.
+        done: steps before them.
 
     Raises:
         FileExistsError: the folder holds something.
-        ValueError: what the configuration logs to cannot be used.
+        ValueError: a file to go on with is shorter than that; or what the configuration logs to
+            cannot be used.
     """
 
-    def __init__(self, path: Path, config: Config) -> None:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    def __init__(
+        self,
+        path: Path,
+        config: Config,
+        *,
+        resume: tuple[int, int] | None = None,
+        done: int = 0,
+    ) -> None:
+        files = (path / "metrics.jsonl", path / "rollouts.jsonl")
+        recorded = {"config": to_dict(config), **environment()}
+        if resume is not None:
+            for file, length in zip(files, resume, strict=True):
+                _cut(file, length)
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise FileExistsError(f"run_dir: found {path} in use, expected a new or empty folder")
-        path.mkdir(parents=True, exist_ok=True)
+        else:
+            (path / STATES).mkdir(parents=True)
+        try:
+            trackers = open_trackers(
+                config.logging, path, title=path.name, recorded=recorded, done=done
+            )
+        except ValueError:
+            if resume is None:
+                remove_traces(path)
+                shutil.rmtree(path / STATES)
+                path.rmdir()
+            raise
+        if resume is None:
+            # Last and whole: a folder with it is a run that can be resumed.
+            fresh = path / ".config.json"
+            fresh.write_text(json.dumps(recorded, indent=2) + "\n", encoding="utf-8")
+            fresh.rename(path / "config.json")
         self.path = path
         self._title = path.name
-        recorded = {"config": to_dict(config), **environment()}
-        try:
-            self._trackers = open_trackers(config.logging, path, title=path.name, recorded=recorded)
-        except ValueError:
-            remove_traces(path)
-            path.rmdir()
-            raise
-        (path / "config.json").write_text(json.dumps(recorded, indent=2) + "\n", encoding="utf-8")
-        self._metrics = JsonLines(path / "metrics.jsonl")
-        self._rollouts = JsonLines(path / "rollouts.jsonl")
+        self._trackers = trackers
+        self._metrics, self._rollouts = map(JsonLines, files)
+
+    def position(self) -> tuple[int, int]:
+        """The bytes of metrics.jsonl and rollouts.jsonl, once they are on disk."""
+        return self._metrics.position(), self._rollouts.position()
+
+    def finish(self) -> None:
+        """Removes the states to resume from: the run has come to its end."""
+        dead = self.path / f".{STATES}"
+        (self.path / STATES).rename(dead)
+        shutil.rmtree(dead)
 
     def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, and its numbers for the trackers."""
@@ -69,31 +107,24 @@ class RunFolder:
             tracker.completions(step, rows)
 
     def rollouts(self, step: int, group: Group, judged: Sequence[JudgedRollout]) -> None:
-        """One line of rollouts.jsonl per rollout."""
-        for index, (rollout, outcome) in enumerate(zip(group.rollouts, judged, strict=True)):
-            self._rollouts.write(
-                {
-                    "step": step,
-                    "question": group.question.id,
-                    "index": index,
-                    "prompt": group.question.prompt,
-                    "text": group.texts[index],
-                    "token_ids": rollout.token_ids,
-                    "logprobs": rollout.logprobs,
-                    "loss_mask": rollout.loss_mask,
-                    "finish_reason": rollout.finish_reason,
-                    "policy_version": rollout.policy_version,
-                    "correct": group.rewards[index],
-                    "peer": outcome.peer,
-                    "divergence": outcome.divergence,
-                    "peers": [
-                        [peer.question_id, peer.step + 1, peer.index]
-                        for peer in outcome.peers.successes
-                    ],
-                    "advantage": outcome.advantage,
-                    "context_length": outcome.context_length,
-                }
-            )
+        """One line of rollouts.jsonl per rollout of a group.
+
+        Args:
+            judged: of each rollout; empty for a group that the step sampled and did not keep.
+        """
+        for record in _records(step, group, judged):
+            self._rollouts.write(record)
+
+    def dump(self, step: int, groups: Sequence[tuple[Group, Sequence[JudgedRollout]]]) -> Path:
+        """The rollouts of a step that did not come to its end, in a file of their own."""
+        path = self.path / f"rollouts-of-step-{step}.jsonl"
+        path.unlink(missing_ok=True)
+        lines = JsonLines(path)
+        for group, judged in groups:
+            for record in _records(step, group, judged):
+                lines.write(record)
+        lines.close()
+        return path
 
     def checkpoint(
         self,
@@ -112,6 +143,7 @@ class RunFolder:
         """Removes what the constructor made: a run that cannot start leaves nothing behind."""
         self._close_files()
         remove_traces(self.path)
+        shutil.rmtree(self.path / STATES, ignore_errors=True)
         for name in ("config.json", "metrics.jsonl", "rollouts.jsonl"):
             (self.path / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not ours, what else is in it
@@ -128,6 +160,43 @@ class RunFolder:
         self._rollouts.close()
         for tracker in self._trackers:
             tracker.close()
+
+
+def _records(step: int, group: Group, judged: Sequence[JudgedRollout]) -> Iterator[dict[str, Any]]:
+    """Of each rollout all that a replay needs, and what became of it."""
+    for index, rollout in enumerate(group.rollouts):
+        own = judged[index] if judged else None
+        yield {
+            "step": step,
+            "question": group.question.id,
+            "index": index,
+            "prompt": group.question.prompt,
+            "text": group.texts[index],
+            "token_ids": rollout.token_ids,
+            "logprobs": rollout.logprobs,
+            "loss_mask": rollout.loss_mask,
+            "finish_reason": rollout.finish_reason,
+            "policy_version": rollout.policy_version,
+            "correct": group.rewards[index],
+            "outcome": group.outcomes[index].value,
+            "kept": own is not None,
+            "peer": own.peer if own else None,
+            "divergence": own.divergence if own else None,
+            "peers": [
+                [peer.question_id, peer.step + 1, peer.index]
+                for peer in (own.peers.successes if own else ())
+            ],
+            "advantage": own.advantage if own else None,
+            "context_length": own.context_length if own else None,
+        }
+
+
+def _cut(path: Path, length: int) -> None:
+    size = path.stat().st_size if path.exists() else 0
+    if size < length:
+        raise ValueError(f"{path}: found {size} bytes, expected the {length} of the checkpoint")
+    if size > length:
+        os.truncate(path, length)
 
 
 def environment() -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -26,6 +27,7 @@ from hsd.policy.precision import compute_dtype
 from hsd.policy.teachers import Policy, make_policy
 from hsd.rollout.engines import check_engine, make_engine
 from hsd.rollout.protocol import RolloutEngine, Sampling
+from hsd.rollout.replay import Replay
 from hsd.warmup import warm_up
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ class Trainer:
     contexts: ContextBuilder
     peers: PeerPolicy
     engine: RolloutEngine
-    verifiers: VerifierPool
+    verifiers: VerifierPool | Replay
     optimizer: torch.optim.Optimizer
     world: World
 
@@ -52,8 +54,20 @@ class Trainer:
         return _sampling(self.config)
 
 
-def prepare(config: Config, world: World, console: Console) -> Trainer:
-    """Loads task and model, warms the model up, and starts the engine."""
+def prepare(
+    config: Config,
+    world: World,
+    console: Console,
+    *,
+    replay: Path | None = None,
+    resumed: bool = False,
+) -> Trainer:
+    """Loads task and model, warms the model up, and starts the engine.
+
+    Args:
+        replay: recorded rollouts that take the place of engine and verifiers.
+        resumed: a checkpoint's weights will take the place of the warmed-up ones.
+    """
     task = load_task(config.task)
     if not getattr(task, config.evaluation.split):
         raise ValueError(
@@ -64,22 +78,16 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
             console.print(line, markup=False)
     if config.context.show_demonstration:
         require_solutions(task.train, option="context.show_demonstration")
-    sampled, tokenizer, policy = _models(config, world, task, console)
+    sampled, tokenizer, policy = _models(config, world, task, console, resumed=resumed)
     contexts = ContextBuilder(tokenizer, config.context)
-    sampling = _sampling(config)
-    engine = make_engine(config, sampled, tokenizer, sampling=sampling, world=world)
-    try:
-        gap = check_engine(
-            engine,
-            policy,
-            contexts.student(task.train[0]),
-            sampling=sampling,
-            tolerance=config.engine.tolerance,
-        )
-    except BaseException:
-        engine.close()
-        raise
-    console.print(f"engine {config.engine.kind}: log-probs {gap:.2g} nats from the trainer's")
+    recorded: Replay | None = None
+    if replay is not None:
+        vocab_size = policy.head.weight.shape[0]
+        recorded = Replay(replay, seed=config.seed, vocab_size=vocab_size)
+        engine: RolloutEngine = recorded
+    else:
+        engine = make_engine(config, sampled, tokenizer, sampling=_sampling(config), world=world)
+        _check(engine, policy, contexts.student(task.train[0]), config, console)
     return Trainer(
         config=config,
         task=task,
@@ -88,7 +96,8 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
         contexts=contexts,
         peers=PeerPolicy(config.peers, seed=config.seed),
         engine=engine,
-        verifiers=VerifierPool(
+        verifiers=recorded
+        or VerifierPool(
             task.verify,
             workers=config.verifier.workers or world.share_of_cores(),
             timeout=config.verifier.timeout,
@@ -102,8 +111,25 @@ def prepare(config: Config, world: World, console: Console) -> Trainer:
     )
 
 
+def _check(
+    engine: RolloutEngine,
+    policy: Policy,
+    prompt: Sequence[int],
+    config: Config,
+    console: Console,
+) -> None:
+    try:
+        gap = check_engine(
+            engine, policy, prompt, sampling=_sampling(config), tolerance=config.engine.tolerance
+        )
+    except BaseException:
+        engine.close()
+        raise
+    console.print(f"engine {config.engine.kind}: log-probs {gap:.2g} nats from the trainer's")
+
+
 def _models(
-    config: Config, world: World, task: Task, console: Console
+    config: Config, world: World, task: Task, console: Console, *, resumed: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Policy]:
     """The model whose weights the engine takes first, its tokenizer, and the policy with teachers.
 
@@ -114,7 +140,7 @@ def _models(
     if config.sharding.mode == "full":
         load = partial(
             load_sharded,
-            policy_directory(config.model.name),
+            world.main_first(lambda: policy_directory(config.model.name)),
             config.sharding,
             sharding_mesh(),
             compute_dtype=dtype,
@@ -126,7 +152,7 @@ def _models(
         cast(torch.nn.Module, copy).to(sharding_device())
         return copy, tokenizer, policy
     model, tokenizer = world.main_first(lambda: load_policy(config.model.name))
-    if config.warmup.steps:
+    if config.warmup.steps and not resumed:
         head = output_head(model)
         world.main_first(
             lambda: warm_up(

@@ -41,6 +41,8 @@ def kernels_of(problem: Problem, *, fused: bool) -> RowKernels:
         partials=triton_rows.row_partials,
         mixture=triton_rows.row_mixture,
         grad=triton_rows.row_grad,
+        errors=triton_rows.row_errors,
+        column_mass=triton_rows.column_mass,
         stats=_merged_statistics,
     )
 
@@ -55,22 +57,32 @@ def _merged_statistics(spec: RowSpec, x: RowInputs) -> Tensor:
     return finish_mixture(rows, triton_rows.row_mixture(spec, x, rows), x)
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b, accumulated and stored in `out`'s dtype; a is (N, K), b (K, M)."""
+def multiply(a: Tensor, b: Tensor, out: Tensor, *, rounded: bool = False) -> None:
+    """out = a b, accumulated and stored in `out`'s dtype; a is (N, K), b (K, M).
+
+    `rounded`: it may go through the operands' dtype where this build has no wider output.
+    """
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif _wide_output(a.device, a.dtype):
         torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif rounded:
+        out.copy_(torch.mm(a, b))
     else:
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
-def multiply_add(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, in the dtype of `total`."""
+def multiply_add(total: Tensor, a: Tensor, b: Tensor, *, product: Tensor | None = None) -> None:
+    """total += a b, in the dtype of `total`.
+
+    `product`: memory in the operands' dtype that the product may go through, as above.
+    """
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif _wide_output(a.device, a.dtype):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif product is not None:
+        total += torch.mm(a, b, out=product)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 

@@ -102,7 +102,11 @@ def fused_hsd_loss(
         temperature: > 0, float or (...,); of log-probs, entropy and policy gradient, and of the
             KLs unless `kl_temperature` (student and reference) or `teacher_temperature` is given.
         vocab_size: columns in use; the head's rows beyond them are padding.
-        precision: "fp32_logits" is what "auto" runs; "bf16_logits" rounds them, for comparison.
+        precision: "fp32_logits" is what "auto" runs, except for bf16 inputs on the CPU:
+            "difference" holds bf16 logits, and refines them until the gradient is within 1 %. It
+            needs one head without bias for all sides, no softcap, one temperature, no top_k and
+            no process_group, and a gradient to form; else logits are fp32, and the plan says so.
+            "bf16_logits" rounds them, for comparison.
         sparse_tolerance: largest share of a chunk's gradient, as L1 mass, that the backward may
             drop; its GEMMs then run on the few columns that hold the rest. None: exact.
         sparse_max_columns: a chunk that needs more columns runs dense; default: half of them.

@@ -1,4 +1,4 @@
-"""How a chunk of rows is read: which sides, in which form, at which temperature."""
+"""How a chunk of rows is read: which sides, in which form, at which temperature; what it gives."""
 
 from __future__ import annotations
 
@@ -35,6 +35,16 @@ class Pass(NamedTuple):
     statistics: tuple[str, ...]  # the differentiable statistics that this pass provides
 
 
+class Formed(NamedTuple):
+    """What a chunk of C rows comes to."""
+
+    loss: Tensor  # ()
+    statistics: dict[str, Tensor]  # name -> (C,)
+    gradient: Tensor | None  # (C, V) of the raw logits; None where none was wanted
+    mass: Tensor | None  # (C,) its L1 norm
+    refined: int = 0  # columns computed again in fp32
+
+
 def as_difference(problem: Problem, side: Side) -> bool:
     """Whether a side's logits come as their difference to the student's.
 
@@ -42,7 +52,8 @@ def as_difference(problem: Problem, side: Side) -> bool:
     """
     settings = problem.settings
     exact = settings.backend == "cpu" or problem.student.dtype == problem.compute_dtype
-    return side.shared_head and settings.precision != "bf16_logits" and exact
+    chosen = settings.precision == "difference"  # and what it costs is within its tolerance
+    return side.shared_head and settings.precision != "bf16_logits" and (exact or chosen)
 
 
 def chunk_passes(problem: Problem, group: Group) -> list[Pass]:

@@ -6,8 +6,7 @@ It knows no divergence: what a row's statistics mean is in `statistics`, how a l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from hsd_kernels.backends import kernels_of, multiply, multiply_add
 from hsd_kernels.differentiation import token_loss
 from hsd_kernels.parallel import Shard, shard_of
 from hsd_kernels.passes import (
+    Formed,
     Group,
     as_difference,
     chunk_passes,
@@ -25,6 +25,7 @@ from hsd_kernels.passes import (
     row_inputs,
 )
 from hsd_kernels.plan import Plan, RowGroup
+from hsd_kernels.precision import formed as refined_chunk
 from hsd_kernels.problem import Problem
 from hsd_kernels.rows import RowKernels
 from hsd_kernels.sparse import kept_columns
@@ -36,6 +37,9 @@ from hsd_kernels.workspace import (
     allocate,
     operand_dtype,
     plan_of,
+    resolved,
+    with_fp32_logits,
+    within,
 )
 
 
@@ -56,7 +60,8 @@ class Solution:
     plan: Plan
 
 
-class Work(NamedTuple):
+@dataclass
+class Work:
     """What every chunk of a call uses."""
 
     problem: Problem
@@ -65,6 +70,7 @@ class Work(NamedTuple):
     plan: Plan
     kernels: RowKernels
     memory: Workspace
+    fp32: Work | None = None  # of the chunks that bf16 logits do not do for
 
 
 def solve(problem: Problem, wanted: Wanted) -> Solution:
@@ -72,8 +78,8 @@ def solve(problem: Problem, wanted: Wanted) -> Solution:
 
     Waits for the device once, for the number of rows in each group of rows.
     """
-    settings = problem.settings
-    device = problem.student.device
+    problem = resolved(problem, wanted)
+    settings, device = problem.settings, problem.student.device
     shard = shard_of(settings.group, len(problem.weight), settings.vocab_size, device)
     groups = _groups(problem)
     counts = [RowGroup(group.rows.numel(), group.sides) for group in groups]
@@ -134,44 +140,80 @@ def _empty_solution(problem: Problem, wanted: Wanted, plan: Plan) -> Solution:
 
 def _chunk(work: Work, group: Group, rows: Tensor, solution: Solution) -> None:
     """Everything for one chunk of rows; adds its share to `solution`."""
-    problem, kernels = work.problem, work.kernels
+    problem, memory = work.problem, work.memory
     hidden = problem.student[rows].detach().to(operand_dtype(problem))
+    if problem.settings.precision == "difference":
+        found = refined_chunk(
+            problem,
+            work.kernels,
+            group,
+            rows,
+            head=memory.heads.student,
+            buffers=memory.buffers,
+        )
+        if found is None:
+            _chunk_in_fp32(work, group, rows, solution)
+            return
+    else:
+        found = _formed(work, group, rows, hidden, solution.top)
+    solution.loss += found.loss
+    for name in provided_statistics(problem, group):
+        solution.statistics[STATISTICS.index(name), rows] = found.statistics[name]
+    refined = solution.plan.refined_columns + found.refined
+    solution.plan = replace(solution.plan, refined_columns=refined)
+    if found.gradient is not None and found.mass is not None:
+        solution.mass[0, rows] = found.mass
+        _accumulate(work, solution, found.gradient, hidden, rows)
+
+
+def _chunk_in_fp32(work: Work, group: Group, rows: Tensor, solution: Solution) -> None:
+    """A chunk whose bf16 logits do not do, in the same memory."""
+    if work.fp32 is None:
+        problem = with_fp32_logits(work.problem)
+        sides = len(work.memory.buffers) // work.plan.rows_per_chunk
+        memory, count = within(problem, work.memory, sides=sides)
+        plan = replace(work.plan, rows_per_chunk=count)
+        work.fp32 = replace(work, problem=problem, plan=plan, memory=memory)
+    for part in torch.split(rows, work.fp32.plan.rows_per_chunk):
+        _chunk(work.fp32, group, part, solution)
+    solution.plan = replace(solution.plan, repeated_chunks=solution.plan.repeated_chunks + 1)
+
+
+def _formed(work: Work, group: Group, rows: Tensor, hidden: Tensor, top: TopK) -> Formed:
+    """The chunk from logits that are what they are; its most likely tokens go to `top`."""
+    problem, memory = work.problem, work.memory
     logits = _logits(work, group, rows, hidden)
     targets = None if problem.targets is None else work.shard.local_targets(problem.targets[rows])
     passes = chunk_passes(problem, group)
     inputs = [row_inputs(problem, each, rows, logits, targets) for each in passes]
     computed = [
-        chunk_statistics(kernels, p.spec, x, work.shard)
+        chunk_statistics(work.kernels, p.spec, x, work.shard)
         for p, x in zip(passes, inputs, strict=True)
     ]
     statistics = merged_statistics(computed)
     loss, gradients = token_loss(problem, statistics, rows, differentiate=any(work.wanted))
-    solution.loss += loss
-    for name in provided_statistics(problem, group):
-        solution.statistics[STATISTICS.index(name), rows] = statistics[name]
     if problem.settings.top_k:
         first, last = (passes[0].spec, inputs[0]), (passes[-1].spec, inputs[-1])
-        most_likely(solution.top, rows, first, last, statistics)
+        most_likely(top, rows, first, last, statistics)
     if not any(work.wanted):
-        return
+        return Formed(loss=loss, statistics=statistics, gradient=None, mass=None)
 
     # Written in place where dtypes allow; a second pass goes first, to read the logits.
-    own = logits[0] if work.memory.gradient is None else work.memory.gradient[: rows.numel()]
+    own = logits[0] if memory.gradient is None else memory.gradient[: rows.numel()]
     targets_of = [own]
-    if len(passes) == 2 and work.memory.second is not None:
-        targets_of.append(work.memory.second[: rows.numel()])
+    if len(passes) == 2 and memory.second is not None:
+        targets_of.append(memory.second[: rows.numel()])
     for each, x, out, values in reversed(
         list(zip(passes, inputs, targets_of, computed, strict=True))
     ):
         read = {name: gradients[name] for name in each.statistics if name in gradients}
         along = coefficients(read, values, jsd_complement=x.jsd_complement)
-        mass = kernels.grad(each.spec, x, values, along, out)
+        mass = work.kernels.grad(each.spec, x, values, along, out)
     gradient, *others = targets_of
     for other in others:
         total = gradient.add_(other)
         mass = torch.linalg.vector_norm(total, ord=1, dim=-1, dtype=problem.compute_dtype)
-    solution.mass[0, rows] = mass
-    _accumulate(work, solution, gradient, hidden, rows)
+    return Formed(loss=loss, statistics=statistics, gradient=gradient, mass=mass)
 
 
 def _logits(work: Work, group: Group, rows: Tensor, hidden: Tensor) -> list[Tensor]:
@@ -214,20 +256,25 @@ def _accumulate(
 ) -> None:
     """The two backward GEMMs of a chunk, dX = G W and dW += G^T X: whole, or on kept columns."""
     settings, head = work.problem.settings, work.memory.heads.student
+    rounded = settings.precision == "difference"
     columns = None
     if settings.sparse_tolerance is not None:
         columns = kept_columns(
-            gradient,
+            work.kernels.column_mass(gradient),
             tolerance=settings.sparse_tolerance,
             max_columns=settings.sparse_max_columns,
         )
     if columns is not None:
+        if gradient.dtype != solution.mass.dtype:  # whose rounding would pass for what is dropped
+            solution.mass[0, rows] = torch.linalg.vector_norm(
+                gradient, ord=1, dim=-1, dtype=solution.mass.dtype
+            )
         gradient, head = gradient[:, columns], head[columns]
-        kept = gradient.abs().sum(-1)
+        kept = gradient.abs().sum(-1, dtype=solution.mass.dtype)
         solution.mass[1, rows] = (solution.mass[0, rows] - kept).clamp(min=0)
     if solution.student_grad is not None:
         own = solution.student_grad.new_empty((len(rows), head.shape[1]))
-        multiply(gradient, head, own)
+        multiply(gradient, head, own, rounded=rounded)
         solution.student_grad[rows] = own
     if solution.bias_grad is not None:
         _add_rows(
@@ -239,10 +286,10 @@ def _accumulate(
         return
     used = solution.weight_grad[: work.shard.columns]
     if columns is None:
-        multiply_add(used, gradient.t(), hidden)
+        multiply_add(used, gradient.t(), hidden, product=work.memory.product)
         return
     part = used.new_empty((len(columns), hidden.shape[1]))
-    multiply(gradient.t(), hidden, part)
+    multiply(gradient.t(), hidden, part, rounded=rounded)
     _add_rows(used, columns, part)
 
 

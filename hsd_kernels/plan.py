@@ -15,6 +15,7 @@ DEFAULT_CHUNK_BYTES = 512 * 1024**2
 # read-modify-write of the head's fp32 gradient, 2 V D 4 bytes a chunk, would dominate.
 GPU_CHUNK_ROWS = 2048
 GPU_CHUNK_BYTES = 4 * 1024**3
+LARGEST_SHARE = 1 / 8  # of the columns that refinement of bf16 logits may compute in fp32
 SMALLEST_FUSED_ELEMENTS = 1 << 22  # N x V; below, compiling costs more than it saves
 
 Precision = Literal["fp32_logits", "difference", "bf16_logits"]
@@ -29,7 +30,8 @@ class Plan:
 
     Attributes:
         backend: "cpu", "triton" or "reference".
-        precision: how logits are held.
+        precision: how logits are held; "fp32_logits" also where differences were asked for and
+            do not combine with the call's options.
         fused: whether the elementwise work is compiled.
         rows: tokens that carry weight; the others enter no GEMM.
         rows_per_chunk: rows whose logits exist at one time.
@@ -39,6 +41,9 @@ class Plan:
         synchronisations: times the host waits for a device.
         workspace_bytes: chunk buffers, fp32 copies of heads, gradients.
         traffic_bytes: modelled reads and writes of the chunk buffers by GEMMs and row kernels.
+        refined_columns: of bf16 logits, that were computed again in fp32, summed over the chunks;
+            like the next, known only afterwards, and in none of the other numbers.
+        repeated_chunks: whose bf16 logits would not do, and which were computed with fp32 logits.
     """
 
     backend: Backend
@@ -51,6 +56,8 @@ class Plan:
     synchronisations: int
     workspace_bytes: int
     traffic_bytes: int
+    refined_columns: int = 0
+    repeated_chunks: int = 0
 
 
 def record(plan: Plan) -> Tensor:
@@ -90,18 +97,33 @@ def plan_groups(
     sparse: bool = False,
     copied_heads: int = 0,
     element_bytes: int = 4,
-    gradient_bytes: int = 0,
+    logit_bytes: int = 4,
+    gradient_bytes: int = 4,
+    jsd: bool = False,
     max_chunk_bytes: int | None = None,
     compiled: bool = True,
     backend: Backend = "cpu",
     precision: Precision = "fp32_logits",
 ) -> Plan:
-    """The plan for rows in groups; see `plan` for the arguments."""
+    """The plan for rows in groups; see `plan` for the other arguments.
+
+    Args:
+        groups: rows that need the same sides.
+        accumulated: the caller has memory for the head's gradient.
+        sparse: the backward looks at the mass of each column.
+        element_bytes: of an element of sums and outputs.
+        logit_bytes, gradient_bytes: of one of the stored logits, and of their gradient.
+        jsd: the sides are read a second time for their mixture.
+        precision: how logits are held.
+    """
     gradient = student_gradient or weight_gradient
+    difference = precision == "difference"
     sides = max((group.sides for group in groups), default=1)
     # One gradient for each reading; the last takes the place of the logits where it fits.
-    formed = temperatures * gradient_bytes or (temperatures - 1) * element_bytes
-    row_bytes = vocab_size * (sides * element_bytes + (formed if gradient else 0))
+    formed = temperatures - int(gradient_bytes == logit_bytes) if gradient else 0
+    row_bytes = vocab_size * (sides * logit_bytes + formed * gradient_bytes)
+    if difference:
+        row_bytes += math.ceil(LARGEST_SHARE * vocab_size) * sides * element_bytes
     default = DEFAULT_CHUNK_BYTES
     if backend == "triton":
         default = max(default, min(GPU_CHUNK_ROWS * row_bytes, GPU_CHUNK_BYTES))
@@ -117,8 +139,13 @@ def plan_groups(
     rows = sum(group.rows for group in groups)
     forward = sum(group.rows * group.sides for group in groups)
     backward = rows * (int(student_gradient) + int(weight_gradient))
-    kernel_reads = temperatures * (2 if gradient else 1)
-    gradient_writes = rows if gradient else 0
+    # Logits: written by the GEMM, which reads its centres; read for statistics, their error, and
+    # the gradient. The mixture is one of two sides.
+    logit_passes = 1 + temperatures * (1 + int(gradient)) + 3 * int(difference)
+    mixed = sum(group.rows * min(group.sides, 2) for group in groups) if jsd else 0
+    gradient_passes = backward + (rows * (1 + int(sparse)) if gradient else 0)
+    head_elements = vocab_size * hidden_size
+    rounded_product = difference and backend == "cpu" and weight_gradient
     return Plan(
         backend=backend,
         precision=precision,
@@ -127,14 +154,14 @@ def plan_groups(
         rows_per_chunk=rows_per_chunk,
         chunks=chunks,
         gemms=(forward + backward) / rows if rows else 0.0,
-        synchronisations=1 + (chunks if sparse and gradient else 0),
+        synchronisations=1 + chunks * (int(sparse and gradient) + int(difference)),
         workspace_bytes=rows_per_chunk * row_bytes
-        + copied_heads * vocab_size * hidden_size * element_bytes
-        + (vocab_size * hidden_size * element_bytes if weight_gradient and not accumulated else 0)
+        + copied_heads * head_elements * element_bytes
+        + (head_elements * element_bytes if weight_gradient and not accumulated else 0)
+        + (head_elements * gradient_bytes if rounded_product else 0)
         + (rows * hidden_size * element_bytes if student_gradient else 0),
-        traffic_bytes=(forward * (1 + kernel_reads) + gradient_writes + backward)
-        * vocab_size
-        * element_bytes,
+        traffic_bytes=vocab_size
+        * ((forward * logit_passes + mixed) * logit_bytes + gradient_passes * gradient_bytes),
     )
 
 
@@ -153,8 +180,10 @@ def plan(
     compiled: bool = True,
     backend: Backend = "cpu",
     narrow: bool = False,
+    precision: Precision = "fp32_logits",
+    jsd: bool = False,
 ) -> Plan:
-    """What `fused_hsd_loss` would run for fp32 logits.
+    """What `fused_hsd_loss` would run.
 
     Args:
         rows: N, tokens that carry weight.
@@ -168,6 +197,8 @@ def plan(
         compiled: whether a C++ compiler is there.
         backend: "cpu" or "triton".
         narrow: whether inputs are bf16 or fp16; on the GPU gradients then have a buffer of theirs.
+        precision: how logits are held; "difference" needs bf16 inputs and copies no head.
+        jsd: whether the divergence is jsd, for which the GPU reads logits twice.
 
     Raises:
         ValueError: where the logits of one row do not fit in `max_chunk_bytes`.
@@ -180,7 +211,10 @@ def plan(
         student_gradient=student_gradient,
         weight_gradient=weight_gradient,
         copied_heads=copied_heads,
-        gradient_bytes=2 if narrow and backend == "triton" else 0,
+        logit_bytes=2 if precision == "difference" else 4,
+        gradient_bytes=2 if precision == "difference" or (narrow and backend == "triton") else 4,
+        jsd=jsd and backend == "triton",
+        precision=precision,
         max_chunk_bytes=max_chunk_bytes,
         compiled=compiled,
         backend=backend,

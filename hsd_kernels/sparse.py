@@ -9,25 +9,23 @@ error.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 _MARGIN = 1 - 2**-10  # of the tolerance, so that rounding of the sums cannot break the certificate
 _WORTHWHILE = 0.5  # share of the columns above which gathering them costs more than it saves
 
 
-def kept_columns(gradient: Tensor, *, tolerance: float, max_columns: int | None) -> Tensor | None:
+def kept_columns(mass: Tensor, *, tolerance: float, max_columns: int | None) -> Tensor | None:
     """Columns to keep, (K,) int64 ascending; None where the chunk is to run dense.
 
     Waits for the device once, for their number.
 
     Args:
-        gradient: (C, V) of the logits.
-        tolerance: share of its L1 mass that may be dropped.
+        mass: (V,) L1 mass of each column of the chunk's logit gradient.
+        tolerance: share of it that may be dropped.
         max_columns: a chunk that needs more runs dense.
     """
-    mass = gradient.abs().sum(0, dtype=torch.float64)
-    ordered, columns = mass.sort(descending=True, stable=True)
+    ordered, columns = mass.double().sort(descending=True, stable=True)
     enough = (1 - tolerance * _MARGIN) * ordered.sum()
     count = int((ordered.cumsum(0) < enough).sum()) + 1
     limit = int(_WORTHWHILE * len(mass)) if max_columns is None else max_columns

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hsd_kernels.problem import Problem
 from hsd_kernels.rows import RowInputs, RowSpec
-from hsd_kernels.rows.torch_rows import chunk_logits, row_blocks
+from hsd_kernels.rows.torch_logits import chunk_logits, row_blocks
 
 
 class TopK(NamedTuple):

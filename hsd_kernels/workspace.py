@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from hsd_kernels.plan import Plan, RowGroup, plan_groups
 from hsd_kernels.problem import Problem, Side
 from hsd_kernels.rows.buffers import row_buffer
-from hsd_kernels.rows.torch_rows import compiler_found
+from hsd_kernels.rows.compiled import compiler_found
 
 
 class Wanted(NamedTuple):
@@ -37,6 +38,32 @@ class Workspace(NamedTuple):
     buffers: Tensor  # (sides * rows_per_chunk, V) the logits of one chunk, all sides stacked
     gradient: Tensor | None  # (rows_per_chunk, V) where it is narrower than the logits
     second: Tensor | None  # (rows_per_chunk, V) gradient of a second reading
+    product: Tensor | None  # (V, D) one chunk's share of the head's gradient, where it is rounded
+
+
+def resolved(problem: Problem, wanted: Wanted) -> Problem:
+    """The problem with fp32 logits where differences in bf16 do not do or are not wanted."""
+    settings = problem.settings
+    sides = [side for side in (problem.teacher, problem.reference) if side is not None]
+    combines = (
+        any(wanted)  # the estimate is one of the gradient
+        and all(side.shared_head for side in sides)
+        and problem.bias is None
+        and settings.logit_softcap is None
+        and settings.logit_scale != 0
+        and settings.one_temperature
+        and settings.teacher_shares_temperature
+        and not settings.top_k
+        and not settings.group
+    )
+    if settings.precision != "difference" or combines:
+        return problem
+    return with_fp32_logits(problem)
+
+
+def with_fp32_logits(problem: Problem) -> Problem:
+    """The same problem, its logits held in fp32."""
+    return replace(problem, settings=replace(problem.settings, precision="fp32_logits"))
 
 
 def operand_dtype(problem: Problem) -> torch.dtype:
@@ -44,9 +71,17 @@ def operand_dtype(problem: Problem) -> torch.dtype:
 
     Logits and gradients of parameters are formed in the compute dtype whatever it is.
     """
-    if problem.settings.backend == "cpu":
+    settings = problem.settings
+    if settings.backend == "cpu" and settings.precision != "difference":
         return problem.compute_dtype
     return problem.student.dtype
+
+
+def logit_dtype(problem: Problem) -> torch.dtype:
+    """Of stored logits; "bf16_logits" are stored in more than they are rounded to."""
+    if problem.settings.precision == "difference":
+        return problem.student.dtype
+    return problem.compute_dtype
 
 
 def new_rows(problem: Problem, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -60,8 +95,10 @@ def plan_of(problem: Problem, groups: Sequence[RowGroup], wanted: Wanted, column
     """What a call with these groups of rows runs on `columns` columns."""
     sides = [side for side in (problem.teacher, problem.reference) if side is not None]
     settings = problem.settings
-    narrow = problem.weight.dtype != problem.compute_dtype
-    copied = settings.backend == "cpu" and narrow
+    operand = operand_dtype(problem)
+    copies = 0
+    if operand != problem.weight.dtype:
+        copies = 1 + sum(not side.shared_head for side in sides)
     return plan_groups(
         groups,
         problem.weight.shape[1],
@@ -71,10 +108,12 @@ def plan_of(problem: Problem, groups: Sequence[RowGroup], wanted: Wanted, column
         weight_gradient=wanted.weight,
         accumulated=problem.weight_grad_out is not None,
         sparse=settings.sparse_tolerance is not None,
-        copied_heads=int(copied) * (1 + sum(not side.shared_head for side in sides)),
-        element_bytes=torch.finfo(problem.compute_dtype).bits // 8,
+        copied_heads=copies,
+        element_bytes=problem.compute_dtype.itemsize,
+        logit_bytes=logit_dtype(problem).itemsize,
+        gradient_bytes=operand.itemsize,
+        jsd=settings.backend == "triton" and "jsd" in problem.statistics,
         max_chunk_bytes=settings.max_chunk_bytes,
-        gradient_bytes=problem.weight.element_size() if narrow and not copied else 0,
         compiled=compiler_found(),
         backend=settings.backend,
         precision=settings.precision,
@@ -85,18 +124,20 @@ def allocate(
     problem: Problem, wanted: Wanted, plan: Plan, *, sides: int, columns: int
 ) -> Workspace:
     """The workspace of a plan; `sides` is the most that a group of rows has."""
-    operand = operand_dtype(problem)
-    narrow = operand != problem.compute_dtype
+    operand, stored = operand_dtype(problem), logit_dtype(problem)
+    two = any(wanted) and not problem.settings.one_temperature
+    rounded = stored == operand != problem.compute_dtype and problem.settings.backend == "cpu"
 
     def rows_of(count: int, dtype: torch.dtype) -> Tensor:
         return new_rows(problem, count * plan.rows_per_chunk, columns, dtype)
 
-    two = any(wanted) and not problem.settings.one_temperature
+    heads = _heads(problem, columns, operand)
     return Workspace(
-        heads=_heads(problem, columns, operand),
-        buffers=rows_of(sides, problem.compute_dtype),
-        gradient=rows_of(1, operand) if narrow and any(wanted) else None,
+        heads=heads,
+        buffers=rows_of(sides, stored),
+        gradient=rows_of(1, operand) if operand != stored and any(wanted) else None,
         second=rows_of(1, operand) if two else None,
+        product=torch.empty_like(heads.student) if rounded and wanted.weight else None,
     )
 
 
@@ -110,11 +151,42 @@ def _heads(problem: Problem, columns: int, dtype: torch.dtype) -> Heads:
     return Heads(student, operand(problem.teacher), operand(problem.reference))
 
 
+def within(problem: Problem, memory: Workspace, *, sides: int) -> tuple[Workspace, int]:
+    """A workspace of the problem in the memory of another's logits, and its rows per chunk.
+
+    On a CPU it takes fp32 copies of the heads beside it.
+    """
+    operand, stored = operand_dtype(problem), logit_dtype(problem)
+    columns, pitch = memory.buffers.shape[1], memory.buffers.stride(0)
+    apart = operand.itemsize if operand != stored else 0
+    row_bytes = pitch * (sides * stored.itemsize + apart)
+    storage = memory.buffers.untyped_storage()
+    if storage.nbytes() < row_bytes:  # a chunk of one row
+        storage = problem.student.new_empty(row_bytes, dtype=torch.uint8).untyped_storage()
+    count = storage.nbytes() // row_bytes
+
+    def rows_of(first: int, rows: int, dtype: torch.dtype) -> Tensor:
+        empty = torch.empty(0, dtype=dtype, device=problem.student.device)
+        offset = first // dtype.itemsize
+        return empty.set_(storage, offset, (rows, columns), (pitch, 1))
+
+    end = pitch * sides * count * stored.itemsize
+    smaller = Workspace(
+        heads=_heads(problem, columns, operand),
+        buffers=rows_of(0, sides * count, stored),
+        gradient=rows_of(end, count, operand) if apart else None,
+        second=None,
+        product=None,
+    )
+    return smaller, count
+
+
 def simulate(problem: Problem, wanted: Wanted) -> Workspace | None:
     """The workspace of a call of which only shapes are known, as if every row had a weight.
 
     None where shapes are symbols: a plan of them would tie a compiled graph to their values.
     """
+    problem = resolved(problem, wanted)
     count, rows = problem.student.shape[0], problem.weight.shape[0]  # len() would fix a symbol
     if not (isinstance(count, int) and isinstance(rows, int) and count):
         return None

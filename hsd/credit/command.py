@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
 
 from hsd.config import Config
 from hsd.credit.contexts import ContextName, CreditContexts, OtherSuccesses
-from hsd.credit.figures import write_figures
-from hsd.credit.html import write_page
+from hsd.credit.export import write_export
+from hsd.credit.files import Format, require_parquet
 from hsd.credit.measure import measure
 from hsd.credit.model import CreditModel
-from hsd.credit.records import RolloutCredit, read_records, to_json
 from hsd.credit.source import CreditGroup, read_groups, sample_groups
-from hsd.credit.summary import CreditSummary
 from hsd.data.tasks import load_task
 from hsd.policy.head import output_head
 from hsd.policy.load import load_policy
@@ -47,6 +44,9 @@ class CreditArguments:
         step: only the rollouts of this training step.
         groups: only the first groups; a recipe samples as many, 64 by default.
         compute_dtype: of activations; bfloat16 is faster and adds noise to every number.
+        format: of the file of all numbers; parquet needs pyarrow.
+        sidecars: keep all contexts but the first in files beside the page, which loads them when
+            they are looked at. It does so by itself where it would be larger than 40 MB.
     """
 
     source: Annotated[Path, tyro.conf.Positional]
@@ -56,6 +56,8 @@ class CreditArguments:
     step: int | None = None
     groups: int | None = None
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    format: Format = "jsonl"
+    sidecars: bool = False
 
 
 def main(argv: list[str]) -> int:
@@ -76,6 +78,8 @@ def _check(arguments: CreditArguments) -> None:
         raise ValueError(f"contexts: found {' '.join(names) or 'none'}, expected different names")
     if arguments.groups is not None and arguments.groups < 1:
         raise ValueError(f"groups: found {arguments.groups}, expected at least 1")
+    if arguments.format == "parquet":
+        require_parquet()
     out = arguments.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"out: found {out} in use, expected a new or empty folder")
@@ -98,73 +102,30 @@ def export(arguments: CreditArguments, console: Console) -> None:
     contexts = CreditContexts(tokenizer, config.context, arguments.contexts)
     groups = _groups(arguments, config, credit_model, contexts)
     others = OtherSuccesses(groups() if "other_prompt" in arguments.contexts else ())
-    rollouts = measure(
-        groups(),
-        others,
-        credit_model,
-        contexts,
-        config,
+    exported = write_export(
+        arguments.out,
+        measure(groups(), others, credit_model, contexts, config),
+        about={
+            "title": arguments.source.name or "credit",
+            "source": str(arguments.source),
+            "model": model_name,
+            "temperature": credit_model.temperature,
+            "compute_dtype": arguments.compute_dtype,
+            "contexts": list(arguments.contexts),
+        },
+        tokenizer=tokenizer,
+        console=console,
+        file_format=arguments.format,
+        sidecars=arguments.sidecars,
     )
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    try:
-        summary = _write_records(arguments, rollouts, console)
-    except BaseException:  # half a file would look like a whole one
-        (arguments.out / "credit.jsonl").unlink(missing_ok=True)
-        arguments.out.rmdir()
-        raise
-    _finish(arguments, model_name, credit_model, summary, console)
-
-
-def _write_records(
-    arguments: CreditArguments, rollouts: Iterator[RolloutCredit], console: Console
-) -> CreditSummary:
-    """credit.jsonl, and what its rollouts come to."""
-    summary = CreditSummary()
-    path = arguments.out / "credit.jsonl"
-    with path.open("w", encoding="utf-8") as file, console.status("") as status:
-        for count, rollout in enumerate(rollouts, start=1):
-            file.write(to_json(rollout) + "\n")
-            summary.add(rollout)
-            status.update(f"{count} rollouts")
-    if not summary.steps:
-        raise ValueError(f"{arguments.source}: found no rollout to look at, expected some")
-    return summary
-
-
-def _finish(
-    arguments: CreditArguments,
-    model_name: str,
-    credit_model: CreditModel,
-    summary: CreditSummary,
-    console: Console,
-) -> None:
-    about: dict[str, Any] = {
-        "title": arguments.source.name or "credit",
-        "source": str(arguments.source),
-        "model": model_name,
-        "temperature": credit_model.temperature,
-        "compute_dtype": arguments.compute_dtype,
-        "contexts": list(arguments.contexts),
-    }
-    out, numbers = arguments.out, summary.to_dict()
-    (out / "summary.json").write_text(
-        json.dumps({"about": about, **numbers}, indent=1, allow_nan=False) + "\n", encoding="utf-8"
-    )
-    write_figures(out / "figures", numbers)
-    shown = write_page(
-        out / "credit.html",
-        lambda: read_records(out / "credit.jsonl"),
-        about=about,
-        summary=numbers,
-        tokenizer=credit_model.tokenizer,
-    )
+    numbers = exported.numbers
     console.print(
         f"{numbers['rollouts']} rollouts, {numbers['failed_with_peer']} of them failed with a peer"
     )
-    if shown < numbers["rollouts"]:
-        console.print(f"[yellow]the page has room for the first {shown} rollouts")
-    for name in ("credit.html", "credit.jsonl", "summary.json", "figures"):
-        console.print(str(out / name), highlight=False)
+    if exported.shown < numbers["rollouts"]:
+        console.print(f"[yellow]the page has room for the first {exported.shown} rollouts")
+    for name in exported.names:
+        console.print(str(arguments.out / name), highlight=False, markup=False)
 
 
 def _config(arguments: CreditArguments) -> tuple[Config, str]:

@@ -1,8 +1,12 @@
 """One HTML file with every rollout of an export: no server, no network, at most 40 MB.
 
+Where all contexts do not fit, those but the first go into files beside the page: scripts that
+register packed blocks, because a page opened from a disk may load scripts but may not fetch. The
+page's own script alone may add them ('strict-dynamic').
+
 Rollouts are untrusted. Their text and numbers go into blocks that no browser runs: JSON in which
 every "<" is escaped, and base64; the page's script writes text with textContent alone; and a
-Content-Security-Policy allows this script and this style, by their hashes, and nothing else.
+Content-Security-Policy allows this script and this style, by their hashes.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import numpy as np
 from hsd.credit.figures import COLOURS, LABELS
 from hsd.credit.packing import pack, top_positions
 from hsd.credit.records import RolloutCredit
+from hsd.credit.sidecars import Sidecars
 from hsd.credit.tokens import token_texts
 
 if TYPE_CHECKING:
@@ -52,6 +57,7 @@ def write_page(
     summary: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     most_bytes: int = MOST_BYTES,
+    sidecars: bool = False,
 ) -> int:
     """Writes the page and returns how many rollouts it shows: the first whole groups that fit.
 
@@ -61,22 +67,35 @@ def write_page(
         summary: of hsd.credit.summary.
         tokenizer: gives the text of top tokens.
         most_bytes: of the file.
+        sidecars: keep all contexts but the first in the folder <name of the page>-contexts.
 
     Raises:
         ValueError: not even the first group fits.
     """
-    head, tail = _frame()
-    room = most_bytes - len(head.encode()) - len(tail.encode()) - len(_json({**about, **summary}))
-    with tempfile.TemporaryFile("w+", encoding="ascii") as blocks:
-        for share in TOP_SHARES:
+    contexts = list(about["contexts"])
+    beside = sidecar_folder(path)
+    if beside.exists():
+        shutil.rmtree(beside)
+    with (
+        tempfile.TemporaryFile("w+", encoding="ascii") as blocks,
+        tempfile.TemporaryDirectory(dir=path.parent) as folder,
+    ):
+        for share, split in _attempts(contexts, sidecars):
+            head, tail = _frame(split)
+            frame = len(head.encode()) + len(tail.encode())
+            room = most_bytes - frame - len(_json({**about, **summary}))
             blocks.seek(0)
             blocks.truncate()
-            body = _Body(about["contexts"], tokenizer, share, room, blocks)
+            files = Sidecars(Path(folder), contexts[1:] if split else [])
+            body = _Body(contexts, tokenizer, share, room, blocks, files)
             body.fill(records())
             if body.complete:
                 break
         if not body.groups:
             raise ValueError(f"page: the first group needs more than {most_bytes} bytes")
+        if split:
+            files.close()
+            shutil.copytree(folder, beside)
         index = {
             **about,
             "labels": LABELS,
@@ -85,6 +104,7 @@ def write_page(
             "groups": body.groups,
             "shown": body.shown,
             "top_share": share,
+            "sidecars": beside.name if split else None,
         }
         blocks.seek(0)
         with path.open("w", encoding="utf-8", newline="\n") as page:
@@ -94,6 +114,18 @@ def write_page(
             shutil.copyfileobj(blocks, page)
             page.write(tail)
     return body.shown
+
+
+def sidecar_folder(path: Path) -> Path:
+    """Where the other contexts of a page are, if they are not in it."""
+    return path.with_name(f"{path.stem}-contexts")
+
+
+def _attempts(contexts: list[str], sidecars: bool) -> list[tuple[float, bool]]:
+    """(share of tokens with top tokens, contexts in files of their own), until one fits."""
+    several = len(contexts) > 1
+    ways = [True] if sidecars and several else [False, True] if several else [False]
+    return [(share, split) for split in ways for share in TOP_SHARES]
 
 
 class _Body:
@@ -106,8 +138,10 @@ class _Body:
         top_share: float,
         room: int,
         blocks: IO[str],
+        sidecars: Sidecars,
     ) -> None:
         self._contexts = contexts
+        self._sidecars = sidecars
         self._tokenizer = tokenizer
         self._top_share = top_share
         self._room = room
@@ -134,19 +168,21 @@ class _Body:
             "rollouts": [self._entry(rollout) for rollout in rollouts],
         }
         number = len(self.groups)
+        inside = [name for name in self._contexts if name not in self._sidecars.contexts]
         blocks = [
             _data_script(
                 f"b{number}-{place}",
-                pack(rollout, self._contexts, top_share=self._top_share),
+                pack(rollout, inside, top_share=self._top_share),
                 kind="text/plain",
             )
             for place, rollout in enumerate(rollouts)
         ]
         tokens = self._new_tokens(rollouts)
-        used = len(_json(group)) + len(_json(tokens)) + sum(map(len, blocks)) + 2
+        used = len(_json({**group, "part": 0})) + 8 + len(_json(tokens)) + sum(map(len, blocks)) + 2
         if used > self._room:
             return False
         self._room -= used
+        group["part"] = self._sidecars.add(number, rollouts, self._top_share)
         self.groups.append(group)
         self.tokens |= tokens
         self.shown += len(rollouts)
@@ -181,15 +217,16 @@ class _Body:
         return {token: text for token, text in new.items() if token not in self.tokens}
 
 
-def _frame() -> tuple[str, str]:
+def _frame(sidecars: bool) -> tuple[str, str]:
     """The page before and behind its data."""
     folder = files("hsd.credit") / "page"
     style = (folder / "style.css").read_text(encoding="utf-8")
     parts = [(folder / name).read_text(encoding="utf-8") for name in _SCRIPTS]
     script = '"use strict";\n{\n' + "\n".join(parts) + "}\n"
     template = (folder / "template.html").read_text(encoding="utf-8")
+    trusted = " 'strict-dynamic'" if sidecars else ""
     policy = (
-        f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
+        f"default-src 'none'; script-src '{_hash(script)}'{trusted}; style-src '{_hash(style)}'; "
         "base-uri 'none'; form-action 'none'"
     )
     template = template.replace("{policy}", policy).replace("{style}", style)

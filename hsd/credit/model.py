@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from hsd.credit.records import ContextCredit, Floats, TopTokens
-from hsd.credit.top_tokens import top_tokens
 from hsd.policy.head import OutputHead, response_hidden
 from hsd_kernels import fused_hsd_loss
 
@@ -19,6 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from hsd_kernels import TokenStatistics
+
+TOP = 5
+"""Most likely tokens that are kept at each position."""
 
 
 class StudentView(NamedTuple):
@@ -61,9 +63,8 @@ class CreditModel:
         """The view of the plain prompt, from its hidden states (n, D)."""
         stats = self._statistics(hidden, None, responses)
         logprob, entropy = _per_rollout(stats.logprob, hidden), _per_rollout(stats.entropy, hidden)
-        return [
-            StudentView(*view) for view in zip(logprob, entropy, self._tops(hidden), strict=True)
-        ]
+        tops = _tops(stats.top_ids, stats.top_logprobs, hidden)
+        return [StudentView(*view) for view in zip(logprob, entropy, tops, strict=True)]
 
     def teacher(
         self,
@@ -79,7 +80,7 @@ class CreditModel:
             _per_rollout(stats.teacher_logprob, hidden),
             _per_rollout(stats.kl, hidden),
             _per_rollout(stats.teacher_entropy, hidden),
-            self._tops(hidden),
+            _tops(stats.teacher_top_ids, stats.teacher_top_logprobs, hidden),
             strict=True,
         )
         return [
@@ -111,17 +112,8 @@ class CreditModel:
             logit_scale=self.head.logit_scale,
             logit_softcap=self.head.logit_softcap,
             max_chunk_bytes=self.max_chunk_bytes,
+            top_k=min(TOP, self.head.weight.shape[0]),
         ).stats
-
-    def _tops(self, hidden: Sequence[Tensor]) -> list[TopTokens]:
-        lengths = [len(rows) for rows in hidden]
-        ids, logprobs = top_tokens(torch.cat(list(hidden)), self.head, temperature=self.temperature)
-        return [
-            TopTokens(token_ids=i.cpu().numpy(), logprobs=values.double().cpu().numpy())
-            for i, values in zip(
-                torch.split(ids, lengths), torch.split(logprobs, lengths), strict=True
-            )
-        ]
 
 
 def _per_rollout(values: Tensor | None, hidden: Sequence[Tensor]) -> list[Floats]:
@@ -130,3 +122,20 @@ def _per_rollout(values: Tensor | None, hidden: Sequence[Tensor]) -> list[Floats
         raise RuntimeError("the loss left out a statistic whose inputs it was given")
     parts = torch.split(values.double().cpu(), [len(rows) for rows in hidden])
     return [np.asarray(part.numpy(), dtype=np.float64) for part in parts]
+
+
+def _tops(
+    token_ids: Tensor | None, logprobs: Tensor | None, hidden: Sequence[Tensor]
+) -> list[TopTokens]:
+    """(N, k) most likely tokens, one record per rollout."""
+    if token_ids is None or logprobs is None:
+        raise RuntimeError("the loss left out the most likely tokens it was asked for")
+    lengths = [len(rows) for rows in hidden]
+    return [
+        TopTokens(token_ids=ids.numpy(), logprobs=values.numpy())
+        for ids, values in zip(
+            torch.split(token_ids.cpu(), lengths),
+            torch.split(logprobs.double().cpu(), lengths),
+            strict=True,
+        )
+    ]

@@ -10,6 +10,13 @@ positions with top tokens, k of them, and the contexts that give the rollout a t
     positions (m)
     for the student, then per context: token_ids (m, k), logprobs (m, k)
 
+A block of one context, for the files beside a page:
+
+    n, m, k
+    logprob (n), kl (n), entropy (n)
+    positions (m)
+    token_ids (m, k), logprobs (m, k)
+
 Nats are integers in units of 2^-16 (an error of 8e-6 at most); MISSING stands for NaN.
 """
 
@@ -57,6 +64,24 @@ def pack(rollout: RolloutCredit, contexts: Sequence[str], *, top_share: float) -
         positions.astype(np.uint32),
         *(part for top in tops for part in _top_words(top, positions)),
     ]
+    return _block(words)
+
+
+def pack_context(rollout: RolloutCredit, name: str, *, top_share: float) -> str:
+    """The block of one context of a rollout; arguments as of `pack`."""
+    context = rollout.contexts[name]
+    positions = top_positions(rollout, top_share)
+    shape = [len(rollout.token_ids), len(positions), context.top.token_ids.shape[1]]
+    words = [
+        np.array(shape, dtype=np.uint32),
+        *(_nats(values) for values in (context.logprob, context.kl, context.entropy)),
+        positions.astype(np.uint32),
+        *_top_words(context.top, positions),
+    ]
+    return _block(words)
+
+
+def _block(words: Sequence[Words]) -> str:
     data = np.concatenate(words).astype("<u4")
     planes = np.ascontiguousarray(data.view(np.uint8).reshape(-1, 4).T)
     return base64.b64encode(zlib.compress(planes.tobytes(), 6)).decode("ascii")

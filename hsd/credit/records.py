@@ -1,12 +1,10 @@
-"""What is known of one rollout's tokens, and the JSONL file that holds it (docs/credit.md)."""
+"""What is known of one rollout's tokens, and its record in a file (docs/credit.md)."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,8 +109,8 @@ _SCALARS = (
 _CONTEXT_ARRAYS = ("logprob", "credit", "kl", "entropy")
 
 
-def to_json(rollout: RolloutCredit) -> str:
-    """One line of credit.jsonl, without its end."""
+def to_record(rollout: RolloutCredit) -> dict[str, Any]:
+    """The rollout as JSON values: what both file formats hold."""
     record: dict[str, Any] = {key: getattr(rollout, key) for key in _SCALARS}
     record |= {
         "token_ids": rollout.token_ids.tolist(),
@@ -129,17 +127,16 @@ def to_json(rollout: RolloutCredit) -> str:
             for name, context in rollout.contexts.items()
         },
     }
-    return json.dumps(record, allow_nan=False)
+    return record
 
 
-def from_json(line: str) -> RolloutCredit:
-    """The inverse of `to_json`.
+def from_record(record: Mapping[str, Any]) -> RolloutCredit:
+    """The inverse of `to_record`.
 
     Raises:
-        ValueError: the line is no record of credit.jsonl.
+        ValueError: it is no such record.
     """
     try:
-        record = json.loads(line)
         return RolloutCredit(
             **{key: record[key] for key in _SCALARS},
             token_ids=np.array(record["token_ids"], dtype=np.int64),
@@ -156,22 +153,8 @@ def from_json(line: str) -> RolloutCredit:
                 for name, context in record["contexts"].items()
             },
         )
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"found no record of credit.jsonl ({error!r})") from None
-
-
-def read_records(path: Path) -> Iterator[RolloutCredit]:
-    """The rollouts of a credit.jsonl, one at a time.
-
-    Raises:
-        ValueError: names the line that is no record.
-    """
-    with path.open(encoding="utf-8", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield from_json(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"found no record of a rollout's credit ({error!r})") from None
 
 
 def _rounded(values: Floats) -> list[float | None]:

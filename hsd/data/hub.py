@@ -14,9 +14,8 @@ def load_split(config: HuggingFaceTask, split: str) -> list[Question]:
     """The questions of one split, named "<split>:<row>".
 
     Raises:
-        ImportError: the package datasets is not installed.
-        ValueError: there is no such dataset, split or column, or a row holds no question; names
-            the row, counted from 0.
+        ValueError: the package datasets is not installed, there is no such dataset, split or
+            column, or a row holds no question; names the row, counted from 0.
     """
     rows = _rows(config, split)
     questions = [_question(row, config, f"{split}:{n}") for n, row in enumerate(rows)]
@@ -29,7 +28,7 @@ def _rows(config: HuggingFaceTask, split: str) -> Iterable[Mapping[str, Any]]:
     try:
         import datasets
     except ImportError:
-        raise ImportError(
+        raise ValueError(
             "task.source: found huggingface, which needs datasets, "
             'expected: pip install "hsd-kernels[datasets]"'
         ) from None

@@ -10,9 +10,9 @@ from __future__ import annotations
 import random
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Source = Literal["group", "other_prompt", "buffer"]
 Choice = Literal[
@@ -134,6 +134,27 @@ class PeerPolicy:
             for attempt in attempts:
                 if attempt.correct:
                     self._past[attempt.question_id].append(attempt)
+
+    def state(self) -> list[dict[str, Any]]:
+        """The successes that are kept, as JSON, oldest first for each question."""
+        return [asdict(attempt) for kept in self._past.values() for attempt in kept]
+
+    def restore(self, state: Any, *, source: str) -> None:
+        """Takes the place of what is kept.
+
+        Raises:
+            ValueError: it is no `state()`; names `source`.
+        """
+        try:
+            lists = ("token_ids", "logprobs")
+            attempts = [
+                Attempt(**{**values, **{name: tuple(values[name]) for name in lists}})
+                for values in state
+            ]
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{source}: found no successes of peers ({error!r})") from None
+        self._past.clear()
+        self.remember(attempts)
 
     def _peers(
         self, attempt: Attempt, group: Sequence[Attempt], elsewhere: Sequence[Attempt]

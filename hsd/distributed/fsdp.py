@@ -77,6 +77,7 @@ def shard_policy(
     fully_shard([embedding, head] if tied else head, reshard_after_forward=False, **options)
     if not tied:
         fully_shard(embedding, reshard_after_forward=True, **options)
+        embedding.set_unshard_in_backward(False)  # its gradient does not depend on it
     # True: a frozen model has no backward that would shard the rest again.
     fully_shard(model, reshard_after_forward=True, **options)
     for module in model.modules():

@@ -35,10 +35,19 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def local_rank(self) -> int:
+        """Among the ranks of this machine."""
+        return int(os.environ.get("LOCAL_RANK", self.rank))
+
+    @property
+    def local_size(self) -> int:
+        """Ranks of this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+
     def share_of_cores(self) -> int:
         """The cores of this machine for one of its ranks, at least one."""
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
-        return max(1, len(os.sched_getaffinity(0)) // ranks)
+        return max(1, len(os.sched_getaffinity(0)) // self.local_size)
 
     def share(self, items: Sequence[Item]) -> list[Item]:
         """Every size-th item, from the rank's own on."""

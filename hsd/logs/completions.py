@@ -35,7 +35,7 @@ def completion_rows(
     judged: Iterable[tuple[Group, Sequence[JudgedRollout]]], count: int
 ) -> list[CompletionRow]:
     """The first rollouts of a step, one of each group in turn, `count` at most."""
-    groups = [_rows(group, outcomes) for group, outcomes in judged]
+    groups = [_rows(group, outcomes) for group, outcomes in judged if outcomes]
     longest = max(map(len, groups), default=0)
     in_turn = (rows[index] for index in range(longest) for rows in groups if index < len(rows))
     return [row for row, _ in zip(in_turn, range(count), strict=False)]

@@ -47,13 +47,19 @@ def require_trackers(config: LoggingConfig) -> None:
 
 
 def open_trackers(
-    config: LoggingConfig, folder: Path, *, title: str, recorded: Mapping[str, Any]
+    config: LoggingConfig,
+    folder: Path,
+    *,
+    title: str,
+    recorded: Mapping[str, Any],
+    done: int = 0,
 ) -> list[Tracker]:
     """The trackers that the configuration asks for.
 
     Args:
         folder: of the run; a run that goes on there goes on in them.
         recorded: the run's configuration.
+        done: steps that the run goes on after.
 
     Raises:
         ValueError: a package is missing, or Weights & Biases refuses the run.
@@ -61,7 +67,7 @@ def open_trackers(
     require_trackers(config)
     trackers: list[Tracker] = []
     if config.tensorboard:
-        trackers.append(TensorBoard(folder, recorded))
+        trackers.append(TensorBoard(folder, recorded, done=done))
     if config.wandb_project is not None:
         trackers.append(WeightsAndBiases(config, folder, title, recorded))
     return trackers
@@ -86,10 +92,12 @@ def scalars(kind: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]
 class TensorBoard:
     """Event files in `tensorboard/` of a run."""
 
-    def __init__(self, folder: Path, recorded: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, recorded: Mapping[str, Any], *, done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
+        # Steps that a resumed run repeats are not shown twice.
+        purge = done + 1 if done else None
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
         self._writer.add_text("config", _verbatim(json.dumps(recorded, indent=2)))
 
     def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:

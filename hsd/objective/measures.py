@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +14,7 @@ from hsd.objective.batch import JudgedRollout
 from hsd.objective.schedule import value_at
 from hsd.objective.step import SUMS
 from hsd.rollout.groups import Group
+from hsd.scores import repetition
 
 
 def step_metrics(
@@ -53,15 +56,16 @@ def step_metrics(
             sum(outcome.special_tokens_removed for outcome in outcomes),
             sum(outcome.context_length is not None for outcome in outcomes),
             sum(outcome.context_length or 0 for outcome in outcomes),
+            sum(repetition(rollout.token_ids) for rollout in rollouts),
         ],
         dtype=torch.float64,
     )
     world.sum_(counts)
-    gaps = torch.zeros(world.size, dtype=torch.float64)
-    gaps[world.rank] = largest_gap
-    world.sum_(gaps)
+    largest = torch.zeros((2, world.size), dtype=torch.float64)
+    largest[:, world.rank] = torch.tensor([largest_gap, peak_memory()], dtype=torch.float64)
+    gap, memory = world.sum_(largest).amax(1).tolist()
     total = dict(zip(SUMS, world.sum_(sums).tolist(), strict=True))
-    count, correct, kept, with_peer, covered, tokens, cut, *contexts = counts.tolist()
+    count, correct, kept, with_peer, covered, tokens, cut, *contexts, repeated = counts.tolist()
     truncated, truncated_tokens, removed, taught, context_tokens = contexts
     weight, trained = max(total["weight"], 1e-30), max(total["tokens"], 1.0)
     return {
@@ -77,15 +81,23 @@ def step_metrics(
         "response_length": tokens / count,
         "cut_share": cut / count,
         "context_length": context_tokens / max(taught, 1),
+        "repetition": repeated / count,
         "peers_truncated": truncated,
         "peer_truncated_tokens": truncated_tokens,
         "special_tokens_removed": removed,
         "generated_tokens": tokens,
         "trained_tokens": total["tokens"],
         "engine_gap_mean": total["gap"] / trained,
-        "engine_gap_max": float(gaps.max()),
+        "engine_gap_max": gap,
+        "peak_memory_bytes": memory,
         **_gradient_metrics(config, total),
     }
+
+
+def peak_memory() -> int:
+    """The largest resident size of this process so far, bytes."""
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else 1024 * size  # Linux counts in KiB
 
 
 def _gradient_metrics(config: Config, total: dict[str, float]) -> dict[str, float]:

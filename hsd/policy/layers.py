@@ -45,4 +45,5 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 def compile_layers(model: PreTrainedModel) -> None:
     """`torch.compile` of each layer's forward; hooks stay outside."""
     for layer in decoder_layers(model):
-        layer.forward = torch.compile(layer.forward)
+        # Of the class's: a deep copy of the model then runs its own layers, not these.
+        layer.forward = partial(torch.compile(type(layer).forward), layer)

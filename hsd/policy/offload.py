@@ -28,7 +28,12 @@ class HostAdamW(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             parameters = [each for each in group["params"] if each.grad is not None]
-            for parameter, weight, gradient in _on_host(parameters):
+            pairs = [(local_part(each), local_part(each.grad)) for each in parameters]
+            on_host = all(weight.device.type == "cpu" for weight, _ in pairs)
+            # The pairs come first: the last weight is written back as they end.
+            for (weight, gradient), parameter in zip(
+                pairs if on_host else _staged(pairs), parameters, strict=True
+            ):
                 state = self._host_state(parameter)
                 adamw(
                     [weight],
@@ -60,14 +65,8 @@ class HostAdamW(torch.optim.AdamW):
         return state
 
 
-def _on_host(parameters: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(parameter, its weight, its gradient), both in host memory; the weight is written back."""
-    pairs = [
-        (local_part(each), local_part(each.grad)) for each in parameters if each.grad is not None
-    ]
-    if all(weight.device.type == "cpu" for weight, _ in pairs):
-        yield from ((each, *pair) for each, pair in zip(parameters, pairs, strict=True))
-        return
+def _staged(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Copies of weight and gradient in pinned memory; each weight is written back in the end."""
     largest = max(weight.numel() for weight, _ in pairs)
     staging = torch.empty((2, 2, largest), dtype=torch.float32, pin_memory=True)
     compute, copies = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -85,13 +84,13 @@ def _on_host(parameters: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Ten
             return slots, copies.record_event()
 
     fetched = fetch(0)
-    for index, parameter in enumerate(parameters):
+    for index, (target, _) in enumerate(pairs):
         (weight, gradient), arrived = fetched
         if index + 1 < len(pairs):
             fetched = fetch(index + 1)
         arrived.synchronize()
-        yield parameter, weight, gradient
+        yield weight, gradient
         with torch.cuda.stream(copies):
-            pairs[index][0].copy_(weight, non_blocking=True)
+            target.copy_(weight, non_blocking=True)
     compute.wait_stream(copies)
     copies.synchronize()  # the pinned buffers end here

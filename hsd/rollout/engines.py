@@ -52,13 +52,18 @@ def make_engine(
             compute_dtype=dtype,
             sampling=sampling,
             concurrent=max(1, rollout.batch_rows // rollout.group_size),
-            rank=world.rank,
-            ranks=world.size,
+            world=world,
         )
     from hsd.rollout.vllm_colocated import VllmColocatedEngine
 
     return VllmColocatedEngine(
-        engine, model, tokenizer, compute_dtype=dtype, sampling=sampling, seed=config.seed
+        engine,
+        model,
+        tokenizer,
+        compute_dtype=dtype,
+        sampling=sampling,
+        seed=config.seed,
+        world=world,
     )
 
 
@@ -100,7 +105,8 @@ def check_engine(
         policy.model, [prompt] * len(group), responses, compute_dtype=policy.compute_dtype
     )  # (N, D)
     with gathered_heads(policy.model):
-        logits = torch.nn.functional.linear(hidden, head.weight.float(), head.bias)
+        bias = None if head.bias is None else head.bias.float()
+        logits = torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
     logits = logits * head.logit_scale
     if head.logit_softcap is not None:
         logits = head.logit_softcap * torch.tanh(logits / head.logit_softcap)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hsd.distributed.process import World
 from hsd.rollout.config import EngineConfig
 from hsd.rollout.protocol import EngineError, Rollout, Sampling, stop_token_ids
 from hsd.rollout.weight_sync import WeightFiles
@@ -42,6 +43,7 @@ class VllmColocatedEngine:
         compute_dtype: torch.dtype,
         sampling: Sampling,
         seed: int,
+        world: World,
     ) -> None:
         try:
             import vllm
@@ -51,7 +53,9 @@ class VllmColocatedEngine:
         self._stop_ids = stop_token_ids(model, tokenizer)
         self._version = 0
         self._asleep = False
-        self._files = WeightFiles(tokenizer, dtype=compute_dtype, parent=config.sync_directory)
+        self._files = WeightFiles(
+            tokenizer, dtype=compute_dtype, parent=config.sync_directory, world=world
+        )
         try:
             self._llm: Any = self._vllm.LLM(
                 model=str(self._files.write(model, 0)),

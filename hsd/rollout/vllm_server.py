@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hsd.distributed.process import World
 from hsd.rollout.config import EngineConfig
 from hsd.rollout.protocol import EngineError, Rollout, Sampling, stop_token_ids
 from hsd.rollout.replica import Replica
@@ -35,7 +36,7 @@ class VllmServerEngine:
         compute_dtype: of the servers' weights and activations.
         sampling: of the run; how the servers must report log-probs follows from it.
         concurrent: groups of rollouts in flight at one time.
-        rank, ranks: each rank of the trainer has servers of its own.
+        world: each rank of the trainer has servers of its own.
 
     Raises:
         EngineError: a server does not start, does not answer as it should, or reports log-probs
@@ -51,9 +52,9 @@ class VllmServerEngine:
         compute_dtype: torch.dtype,
         sampling: Sampling,
         concurrent: int,
-        rank: int = 0,
-        ranks: int = 1,
+        world: World,
     ) -> None:
+        rank, ranks = world.local_rank, world.local_size
         urls = config.urls[rank::ranks]
         if config.urls and not urls:
             raise EngineError(
@@ -66,7 +67,9 @@ class VllmServerEngine:
         self._concurrent = concurrent
         self._version = 0
         self._run = uuid.uuid4().hex[:8]  # labels of another run's weights are no labels of ours
-        self._files = WeightFiles(tokenizer, dtype=compute_dtype, parent=config.sync_directory)
+        self._files = WeightFiles(
+            tokenizer, dtype=compute_dtype, parent=config.sync_directory, world=world
+        )
         self._free = threading.Condition()
         self._retries = 0
         self._replicas = [
@@ -75,7 +78,7 @@ class VllmServerEngine:
                 url=url,
                 command=partial(server_command, config, compute_dtype, sampling),
                 environment={} if url else environments[index],
-                log=self._files.folder / f"server-{index}.log",
+                log=self._files.folder / f"server-{rank * count + index}.log",
                 start_timeout=config.start_timeout,
                 transfer=_nccl(config, model, compute_dtype),
             )

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hsd.distributed.process import World
 from hsd.policy.load import write_directory
 from hsd.rollout.server_process import free_port
 
@@ -27,48 +28,76 @@ class WeightFiles:
         tokenizer: a server that starts from the directory reads its special tokens.
         dtype: of floating-point weights in the files; the engine's own.
         parent: where the directories go; None for a temporary directory.
+        world: the first rank of a machine writes for all of it.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype, parent: Path | None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        dtype: torch.dtype,
+        parent: Path | None,
+        world: World,
     ) -> None:
-        if parent is not None:
-            parent.mkdir(parents=True, exist_ok=True)
         self._tokenizer = tokenizer
         self._dtype = dtype
         # Once for all: a server that started with a head of its own has to be given one each time.
         self._untie = not torch.cuda.is_available()
-        # One of its own in any case: ranks and runs may share the parent.
-        self.folder = Path(tempfile.mkdtemp(prefix="hsd-weights-", dir=parent)).resolve()
+        self._world = world
+        self._writes = world.local_rank == 0
+        own = ""
+        if self._writes:
+            if parent is not None:
+                parent.mkdir(parents=True, exist_ok=True)
+            # One of its own in any case: runs may share the parent.
+            own = tempfile.mkdtemp(prefix="hsd-weights-", dir=parent)
+        folders = world.gather([own])
+        self.folder = Path(folders[world.rank - world.local_rank]).resolve()
         self.current: Path | None = None
 
     def write(self, model: PreTrainedModel, version: int) -> Path:
-        """Writes the weights after `version` updates, and removes those before them."""
+        """Writes the weights after `version` updates, and removes those before them.
+
+        All ranks call it together, and find the files when it returns.
+        """
         path = self.folder / f"version-{version}"
+        state = full_state(model, self._dtype, keep=self._writes)
+
+        causal: Any = model
+        # Else transformers writes on the first rank alone, and each rank has servers of its own.
+        causal.should_save_on_this_rank = lambda is_main_process: is_main_process
 
         def write(directory: Path) -> None:
-            model.save_pretrained(directory, state_dict=full_state(model, self._dtype))
+            model.save_pretrained(directory, state_dict=dict(state))  # it removes tied ones
             self._tokenizer.save_pretrained(directory)
             if self._untie and model.config.tie_word_embeddings:
-                _untie(model, directory, self._dtype)
+                _untie(model, state, directory)
 
-        write_directory(path, write)
-        if self.current is not None and self.current != path:
+        if self._writes:
+            write_directory(path, write)
+        self._world.barrier()
+        if self._writes and self.current is not None and self.current != path:
             shutil.rmtree(self.current, ignore_errors=True)
         self.current = path
         return path
 
     def close(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._writes:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @torch.no_grad()
-def full_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+def full_state(model: PreTrainedModel, dtype: torch.dtype, *, keep: bool) -> dict[str, Tensor]:
     """The whole tensors of a model by name, in host memory, floating-point ones in `dtype`.
 
-    Gathering a sharded model is a collective: every rank must call it.
+    Gathering a sharded model is a collective: every rank must call it, also one that keeps nothing.
     """
-    return {name: _whole(value, dtype).cpu() for name, value in model.state_dict().items()}
+    state = {}
+    for name, value in model.state_dict().items():
+        whole = _whole(value, dtype)
+        if keep:
+            state[name] = whole.cpu()
+    return state
 
 
 def _whole(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -77,7 +106,7 @@ def _whole(value: Tensor, dtype: torch.dtype) -> Tensor:
     return whole.detach().to(dtype) if whole.is_floating_point() else whole.detach()
 
 
-def _untie(model: PreTrainedModel, directory: Path, dtype: torch.dtype) -> None:
+def _untie(model: PreTrainedModel, state: dict[str, Tensor], directory: Path) -> None:
     """Makes the output head of a saved model a weight of its own, equal to the embeddings.
 
     On a CPU, vLLM computes with a packed copy of the head, which a reload renews only where the
@@ -86,8 +115,8 @@ def _untie(model: PreTrainedModel, directory: Path, dtype: torch.dtype) -> None:
     causal: Any = model
     head = causal.get_output_embeddings()
     modules = causal.named_modules(remove_duplicate=False)
-    name = next(name for name, module in modules if module is head)
-    save_file({f"{name}.weight": _whole(head.weight, dtype)}, directory / "head.safetensors")
+    name = next(f"{name}.weight" for name, module in modules if module is head)
+    save_file({name: state[name]}, directory / "head.safetensors")
     path = directory / "config.json"
     config = {**json.loads(path.read_text(encoding="utf-8")), "tie_word_embeddings": False}
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

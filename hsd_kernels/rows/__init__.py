@@ -3,6 +3,7 @@
     row_partials(spec, x)               -> (S, len(Partial), C)  reads the chunk; S parts of a row
     row_mixture(spec, x, rows)          -> (S, 3, C)             reads it again; jsd only
     row_grad(spec, x, rows, c, out)     -> (C,)                  writes dL/d(raw logits) to `out`
+    row_errors(spec, x, rows, c)        -> (3, V)                how far rounding moves the columns
 
 Between them, on (C,) vectors: `partials.merge` and `partials.finish` make statistics (len(Row), C)
 of parts, `mixture.finish_mixture` adds jsd. Raw logits are the GEMM's output `x W^T + bias`; scale,
@@ -67,4 +68,6 @@ class RowKernels(NamedTuple):
     partials: Callable[..., Tensor]
     mixture: Callable[..., Tensor]
     grad: Callable[..., Tensor]
+    errors: Callable[..., Tensor]
+    column_mass: Callable[[Tensor], Tensor]  # (V,) L1 norms of the columns of a gradient (C, V)
     stats: Callable[[RowSpec, RowInputs], Tensor]  # (len(Row), C) of whole rows

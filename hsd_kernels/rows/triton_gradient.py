@@ -6,7 +6,13 @@ import triton
 import triton.language as tl
 
 from hsd_kernels.rows import triton_math as math
-from hsd_kernels.rows.triton_tile import COUNTS, log_probabilities, step, tile_logits, whole
+from hsd_kernels.rows.triton_tile import (
+    COUNTS,
+    log_probabilities,
+    step,
+    tile_logits,
+    whole,
+)
 from hsd_kernels.statistics import Row
 
 _MAX, _LOG_SUM = tl.constexpr(int(Row.MAX)), tl.constexpr(int(Row.LOG_SUM))
@@ -20,14 +26,11 @@ _REFERENCE_MEAN = tl.constexpr(int(Row.REFERENCE_MEAN))
 
 
 @triton.jit
-def _gradient(
-    x, biases, statistics, c, row, rows, columns, pitch, end,
+def span(
+    x, statistics, c, row, rows, z, u, z_minus_u, w, z_minus_w,
     SPEC: tl.constexpr, KNOWN: tl.constexpr,
 ):  # fmt: skip
-    """dL/d(raw student logits) of one tile: the span of `hsd_kernels.statistics`, summed."""
-    raw, z, u, z_minus_u, w, z_minus_w = tile_logits(
-        x, biases, row, columns, pitch, end, SPEC, KNOWN
-    )
+    """dL/dz of one tile, all terms of `hsd_kernels.statistics` but the one-hot; and log p."""
     z_max = tl.load(statistics + _MAX * rows)
     log_p = (z - z_max) - tl.load(statistics + _LOG_SUM * rows)
     logprob = tl.load(c.logprob + row)
@@ -51,9 +54,30 @@ def _gradient(
             m_over_p, _ = math.log_mixture_ratio(log_ratio, beta, complement)
             v = -m_over_p - tl.load(statistics + _MIXTURE_ANCHOR * rows)
             along_p += tl.load(c.jsd + row) * (v - tl.load(statistics + _MIXTURE_MEAN * rows))
-    gradient += tl.exp(log_p) * along_p
+    return gradient + tl.exp(log_p) * along_p, log_p
+
+
+@triton.jit
+def with_target(terms, x, c, row, columns, SPEC: tl.constexpr):
+    """The one-hot term beside the others."""
+    gradient = terms
     if SPEC.target:
-        gradient += tl.where(columns == tl.load(x.targets + row), logprob, 0.0)
+        held = columns == tl.load(x.targets + row)
+        gradient += tl.where(held, tl.load(c.logprob + row), 0.0)
+    return gradient
+
+
+@triton.jit
+def _gradient(
+    x, biases, statistics, c, row, rows, columns, pitch, end,
+    SPEC: tl.constexpr, KNOWN: tl.constexpr,
+):  # fmt: skip
+    """dL/d(raw student logits) of one tile: the span of `hsd_kernels.statistics`, summed."""
+    raw, z, u, z_minus_u, w, z_minus_w = tile_logits(
+        x, biases, row, columns, pitch, end, SPEC, KNOWN
+    )
+    terms, _ = span(x, statistics, c, row, rows, z, u, z_minus_u, w, z_minus_w, SPEC, KNOWN)
+    gradient = with_target(terms, x, c, row, columns, SPEC)
     scale = tl.load(x.logit_scale)
     gradient *= tl.load(x.inverse_temperature + row) * scale
     if SPEC.softcap:

@@ -114,6 +114,12 @@ def log_mixture_ratio(log_ratio, beta, complement):
 
 
 @triton.jit
+def power_below(x):
+    """The largest power of two that |x| reaches, 0 for 0."""
+    return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def rounded(values, DTYPE: tl.constexpr):
     """fp32 values in DTYPE, to nearest even, which the interpreter does for bf16 by truncation."""
     if DTYPE == tl.bfloat16:  # noqa: SIM300

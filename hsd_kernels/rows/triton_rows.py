@@ -15,6 +15,7 @@ from torch import Tensor
 from hsd_kernels.rows import RowInputs, RowSpec, known_difference
 from hsd_kernels.rows.buffers import PITCH_MULTIPLE
 from hsd_kernels.rows.partials import Partial
+from hsd_kernels.rows.triton_errors import column_error_kernel
 from hsd_kernels.rows.triton_gradient import column_mass_kernel, gradient_kernel
 from hsd_kernels.rows.triton_statistics import mixture_kernel, partials_kernel
 from hsd_kernels.rows.triton_tile import Biases, Known
@@ -23,6 +24,7 @@ from hsd_kernels.statistics import Coefficients
 TILE = 2048  # columns; 16 of each side a thread, so that several programs fit a multiprocessor
 _WARPS = 4
 _ROW_BLOCK = 128  # rows of one sum of column masses
+_ERROR_ROWS, _ERROR_WIDTH = 32, 1024  # and columns, of one sum of column errors
 _NO_BIASES = Biases()
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -121,6 +123,22 @@ def row_grad(
     return masses.sum(0)
 
 
+def row_errors(spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coefficients) -> Tensor:
+    """`torch_errors.row_errors`, (3, V) fp32: sums over blocks of rows, then of these."""
+    count, columns, pitch = _shape(x, _NO_BIASES)
+    blocks = max(triton.cdiv(count, _ERROR_ROWS), 1)
+    sums = x.student.new_zeros((blocks, 3, columns), dtype=torch.float32)
+    if count:
+        launch(
+            column_error_kernel, (blocks, max(triton.cdiv(columns, _ERROR_WIDTH), 1)),
+            x, _NO_BIASES, rows.contiguous(), Coefficients(*(c.contiguous() for c in coefficients)),
+            sums, count, columns, pitch, torch.finfo(x.student.dtype).eps,
+            SPEC=spec, KNOWN=_known(spec), BLOCK=_ERROR_ROWS, WIDTH=_ERROR_WIDTH,
+            num_warps=_ERROR_WIDTH // 8 // _warp_size(),  # 128 bits of bf16 a thread
+        )  # fmt: skip
+    return sums.sum(0)
+
+
 def column_mass(gradient: Tensor) -> Tensor:
     """sum |gradient| (C, V) of each column, (V,) fp32: sums over blocks of rows, then of these."""
     _check_rows("gradient", gradient)
@@ -139,6 +157,13 @@ def column_mass(gradient: Tensor) -> Tensor:
 def launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **options: Any) -> None:
     """Every launch goes through here, where a tool can see what would be compiled."""
     kernel[grid](*arguments, **options)
+
+
+def _warp_size() -> int:
+    if triton.knobs.runtime.interpret:
+        return 32
+    size: int = triton.runtime.driver.active.get_current_target().warp_size
+    return size
 
 
 def _known(spec: RowSpec) -> Known:

@@ -55,7 +55,7 @@ def whole(columns):
 
 
 @triton.jit
-def _load(pointer, columns, end):
+def load(pointer, columns, end):
     """fp32 of a row's columns, 0 from `end` on, where the memory may hold anything."""
     # A mask in units of the width leaves the accesses whole: one at `end` would split them.
     readable = columns < whole(end)
@@ -65,9 +65,9 @@ def _load(pointer, columns, end):
 
 @triton.jit
 def _raw(pointer, bias, at, columns, end):
-    raw = _load(pointer + at, columns, end)
+    raw = load(pointer + at, columns, end)
     if bias is not None:
-        raw += _load(bias, columns, end)
+        raw += load(bias, columns, end)
     return raw
 
 
@@ -123,7 +123,7 @@ def tile_logits(x, biases, row, columns, pitch, end, SPEC: tl.constexpr, KNOWN: 
 
 @triton.jit
 def step(base, base_max, other, other_minus_base, anchor, KNOWN: tl.constexpr):
-    """e = (y - y_k) - (x - x_k): `torch_rows._step`."""
+    """e = (y - y_k) - (x - x_k): `torch_logits.step`."""
     return other_minus_base - anchor if KNOWN else (other - anchor) - (base - base_max)
 
 

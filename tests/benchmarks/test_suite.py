@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import activations, case, divergences, exact, suite, synthetic, tables, targets
-from benchmarks.methods import FLOOR, OURS, Method, execute
+from benchmarks.methods import FLOOR, METHODS, OURS, Method, execute
 
 ROOT = Path(__file__).parents[2]
 TOY = synthetic.make(24, 16, 211)
@@ -179,3 +179,11 @@ def test_fresh_leaves_leave_no_gradient_behind():
     execute(OURS, TOY, 8)
     assert TOY.student.grad is None
     assert TOY.head.grad is None
+
+
+def test_quick_names_methods_that_there_are():
+    known = {method.name for method in METHODS} | {targets.SPARSE, targets.SPARSE_FLOOR}
+    asked = set(suite.QUICK_TIME) | set(suite.QUICK_PAIRS) | set(suite.QUICK_MEMORY)
+    assert asked <= known
+    parts = targets.OURS, targets.FLOOR, targets.SPARSE, targets.SPARSE_FLOOR, targets.LIGER
+    assert set(parts) | {targets.PLAIN} <= set(suite.QUICK_TIME)

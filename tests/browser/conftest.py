@@ -142,16 +142,24 @@ def small_rollouts() -> Iterator[RolloutCredit]:
     )
 
 
+def small_records() -> Iterator[RolloutCredit]:
+    for number, rollout in enumerate(small_rollouts()):
+        ids = np.array(rollout.token_ids)
+        if rollout.question == HOSTILE:  # ids of its own, so that its texts are its own
+            ids = ids + 1000 + number
+        yield dataclasses.replace(rollout, token_ids=ids)
+
+
 @pytest.fixture(scope="session")
 def small_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    def records() -> Iterator[RolloutCredit]:
-        for number, rollout in enumerate(small_rollouts()):
-            ids = np.array(rollout.token_ids)
-            if rollout.question == HOSTILE:  # ids of its own, so that its texts are its own
-                ids = ids + 1000 + number
-            yield dataclasses.replace(rollout, token_ids=ids)
+    return build_page(tmp_path_factory.mktemp("page") / "small.html", small_records)
 
-    return build_page(tmp_path_factory.mktemp("page") / "small.html", records)
+
+@pytest.fixture(scope="session")
+def split_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The second context in files beside the page."""
+    path = tmp_path_factory.mktemp("page") / "split #1.html"
+    return build_page(path, small_records, sidecars=True)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,43 @@ def test_a_file_without_any_teacher(browser: Any, tmp_path: Path) -> None:
     assert browser.run("return document.querySelectorAll('.top').length") == 1
     caption = browser.run("return document.querySelector('#profile-caption').textContent")
     assert caption == "No failing rollout with a peer has this context."
+
+
+def test_other_contexts_are_loaded_when_they_are_looked_at(
+    browser: Any, small_page: Path, split_page: Path
+) -> None:
+    browser.open(small_page)
+    browser.press("c", "d")
+    colours, token = browser.run(COLOURS), browser.run(TOKEN)
+    browser.open(split_page)
+    files = "return [...document.querySelectorAll('script[src]')].map((script) => script.src)"
+    assert browser.run(files) == []
+    browser.press("c", "d")
+    browser.until(f"{COLOURS}.some(Boolean)")
+    assert browser.run(COLOURS) == colours
+    assert browser.run("return document.querySelectorAll('.top li').length") == 10
+    shown = browser.run(TOKEN)
+    answer = [line for line in token.splitlines() if line.startswith("answer")]
+    assert answer[-1] in shown.splitlines()
+    assert [name.rsplit("/", 1)[1] for name in browser.run(files)] == ["answer-0.js"]
+    browser.press("j", "c", "c")  # nothing is loaded twice
+    assert len(browser.run(files)) == 1
+
+
+def test_a_context_whose_file_is_gone_is_named(browser: Any, tmp_path: Path) -> None:
+    page = build_page(
+        tmp_path / "page.html",
+        lambda: make_groups(groups=1, group_size=2, length=8),
+        sidecars=True,
+    )
+    shutil.rmtree(tmp_path / "page-contexts")
+    browser.open(page)
+    browser.press("c")
+    note = "document.querySelector('#note').textContent"
+    browser.until(f"return {note}.includes('answer-0.js, which is not beside this page')")
+    browser.press("c")
+    assert "" not in browser.run(COLOURS)
+    assert len(browser.said()) >= 1  # the browser's own word on the missing file
 
 
 def test_hostile_rollouts_are_shown_and_never_run(browser: Any, small_page: Path) -> None:

@@ -143,7 +143,7 @@ def test_an_unknown_dataset_or_split_is_one_line(tmp_path: Path) -> None:
 
 def test_without_the_package_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r'pip install "hsd-kernels\[datasets\]"'):
+    with pytest.raises(ValueError, match=r'pip install "hsd-kernels\[datasets\]"'):
         load_task(HuggingFaceTask(dataset="x"))
 
 

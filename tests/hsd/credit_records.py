@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import re
 import zlib
@@ -17,6 +18,7 @@ from hsd.credit.records import ContextCredit, Floats, RolloutCredit, TopTokens
 from hsd.credit.summary import CreditSummary
 
 CONTEXTS = ("answer_peer", "answer")
+NATS = ("logprob", "kl", "entropy")
 WORDS = ("so", " 12", " +", "the", "\n", ".", " x", " therefore", "é", "<|end|>")
 
 
@@ -146,17 +148,36 @@ def data_scripts(page: Path) -> dict[str, str]:
     return dict(found)
 
 
+def unpack_context(block: str) -> dict[str, Any]:
+    """A block of one context as the docstring of hsd.credit.packing describes it."""
+    words = np.frombuffer(_bytes_of_words(block), dtype="<i4")
+    n, m, k = (int(word) for word in words[:3])
+    ends = np.cumsum([3, n, n, n, m, m * k, m * k])
+    parts = [words[a:b] for a, b in itertools.pairwise(ends.tolist())]
+    assert ends[-1] == len(words)
+    logprob, kl, entropy, positions, ids, logprobs = parts
+    return {
+        **{key: part / 2**16 for key, part in zip(NATS, (logprob, kl, entropy), strict=True)},
+        "positions": positions,
+        "token_ids": ids.reshape(m, k),
+        "logprobs": logprobs.reshape(m, k) / 2**16,
+    }
+
+
 def page_index(page: Path) -> dict[str, Any]:
     index: dict[str, Any] = json.loads(data_scripts(page)["index"])
     return index
 
 
-def unpack(block: str, contexts: int) -> dict[str, Any]:
-    """A block as the docstring of hsd.credit.packing describes it."""
+def _bytes_of_words(block: str) -> bytes:
     planes = zlib.decompress(base64.b64decode(block))
     count = len(planes) // 4
-    data = bytes(planes[plane * count + i] for i in range(count) for plane in range(4))
-    words = np.frombuffer(data, dtype="<u4")
+    return bytes(planes[plane * count + i] for i in range(count) for plane in range(4))
+
+
+def unpack(block: str, contexts: int) -> dict[str, Any]:
+    """A block as the docstring of hsd.credit.packing describes it."""
+    words = np.frombuffer(_bytes_of_words(block), dtype="<u4")
     n, m, k = (int(word) for word in words[:3])
     at = 3
 
@@ -183,5 +204,5 @@ def unpack(block: str, contexts: int) -> dict[str, Any]:
         {"token_ids": take(m * k).reshape(m, k), "logprobs": nats(m * k).reshape(m, k)}
         for _ in range(contexts + 1)
     ]
-    assert at == count
+    assert at == len(words)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tracemalloc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from hsd.config import Config, RolloutConfig
 from hsd.credit.contexts import CreditContexts, OtherSuccesses
+from hsd.credit.files import write_records
 from hsd.credit.measure import ROLLOUTS_AT_A_TIME, measure
 from hsd.credit.model import CreditModel
 from hsd.credit.source import CreditGroup
+from hsd.credit.summary import CreditSummary
 from hsd.data.contexts import ContextBuilder, ContextConfig
 from hsd.data.questions import Question
 from hsd.objective.config import ObjectiveConfig
@@ -278,6 +281,102 @@ def test_rollouts_stream(make_model: MakeModel, tokenizer: PreTrainedTokenizerFa
     # a failure counts up to its divergence at token 0, with window 0
     np.testing.assert_allclose(first[2].weight, [1 / 8, 0])
     np.testing.assert_allclose(first[3].weight, [1 / 8, 1 / 8])
+
+
+def test_memory_does_not_grow_with_rollouts(
+    make_model: MakeModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Measuring, writing and summing up of 1,024 rollouts take the memory of 128."""
+    model = make_model()
+    credit_model = CreditModel(
+        model=model,
+        head=output_head(model),
+        tokenizer=tokenizer,
+        compute_dtype=torch.float32,
+        temperature=1.0,
+        micro_batch_tokens=4096,
+    )
+
+    def peak(groups: int) -> int:
+        summary = CreditSummary()
+        measured = measure(
+            (made_group(number) for number in range(groups)),
+            OtherSuccesses(()),
+            credit_model,
+            CreditContexts(tokenizer, ContextConfig(), ["answer"]),
+            Config(),
+        )
+        tracemalloc.start()
+        count = 0
+        for rollout in write_records(tmp_path / "credit.jsonl", measured, contexts=["answer"]):
+            summary.add(rollout)
+            count += 1
+        assert count == 4 * groups
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return used
+
+    peak(8)  # what is made once
+    few, many = peak(32), peak(256)
+    assert many < 1.5 * few
+    assert (tmp_path / "credit.jsonl").stat().st_size > 2 * few  # they would not fit into it
+
+
+def made_group(number: int) -> CreditGroup:
+    # Longer than the tuples that Python keeps for the next one of their size.
+    responses = [tuple((number + i + j) % 200 for j in range(24)) for i in range(4)]
+    return CreditGroup(
+        question=Question(id=str(number), prompt=f"Draw {number}.", answer="1"),
+        step=1,
+        token_ids=responses,
+        loss_masks=[(True,) * 24] * 4,
+        finish_reasons=["stop"] * 4,
+        texts=["a", "b", "c", "d"],
+        rewards=[False, True, False, True],
+        peers=[1, 3, 1, 1],
+    )
+
+
+def test_parquet_holds_the_same(
+    export: Path, trained_run: Path, tmp_path: Path, run_hsd: RunHsd
+) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="Python 3.10 has no pinned pyarrow")
+    out = tmp_path / "out"
+    command = ["credit", trained_run, "--contexts", *CONTEXTS, "--format", "parquet"]
+    assert run_hsd(*command, "--out", out) == 0
+    table = parquet.read_table(out / "credit.parquet")
+    found = table.to_pylist()
+    expected = lines(export / "credit.jsonl")
+    absent = dict.fromkeys(CONTEXTS)  # a null where JSON has no key
+    assert found == [{**record, "contexts": absent | record["contexts"]} for record in expected]
+    assert list(found[0]) == list(expected[0])  # columns in the order of the keys
+    assert table.schema.field("contexts").type.field("peer").nullable
+    assert (out / "summary.json").read_text() == (export / "summary.json").read_text()
+    page, own = (path / "credit.html" for path in (export, out))
+    assert credit_records.data_scripts(own) == credit_records.data_scripts(page)
+
+
+def test_credit_during_training_changes_nothing_else(
+    trained_run: Path, tmp_path: Path, make_recipe: Callable[..., Path], run_hsd: RunHsd
+) -> None:
+    contexts = list(CONTEXTS)
+    watch = {"every": 2, "groups": 1, "contexts": contexts}
+    recipe = make_recipe(tmp_path / "recipe", {"credit": watch})
+    run = tmp_path / "run"
+    assert run_hsd("train", recipe, "--run-dir", run) == 0
+    weights = [path / "checkpoint" / "model.safetensors" for path in (run, trained_run)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    recorded = lines(run / "rollouts.jsonl")
+    assert recorded == lines(trained_run / "rollouts.jsonl")
+    assert [path.name for path in (run / "credit").iterdir()] == ["step-2"]
+    found = lines(run / "credit" / "step-2" / "credit.jsonl")
+    own = [r for r in recorded if r["step"] == 2][:4]
+    for key in ("token_ids", "step", "question", "correct", "peer", "divergence"):
+        assert [r[key] for r in found] == [r[key] for r in own]
+    # the weights that sampled them: the engine's own log-probs
+    for record, rollout in zip(found, own, strict=True):
+        np.testing.assert_allclose(record["logprob"], rollout["logprobs"], rtol=0, atol=1e-4)
+    assert all("none" in r["contexts"] for r in found)
 
 
 def test_fresh_rollouts_of_a_recipe(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from credit_records import (
     page_index,
     summarise,
     unpack,
+    unpack_context,
 )
 
 from hsd.credit.html import write_page
@@ -99,11 +101,44 @@ def test_a_page_that_would_be_too_large_keeps_fewer_top_tokens_then_fewer_groups
     assert page_of(path, rollouts, most_bytes=whole - 5000) == 12
     less = path.stat().st_size
     assert less <= whole - 5000 and page_index(path)["top_share"] == 0.05
-    shown = page_of(path, rollouts, most_bytes=less - 20_000)
-    assert 0 < shown < 12 and shown % 2 == 0 and path.stat().st_size <= less - 20_000
+    # then the second context goes into files beside the page
+    assert page_of(path, rollouts, most_bytes=less - 5000) == 12
+    assert path.stat().st_size <= less - 5000
+    assert page_index(path)["sidecars"] == "page-contexts"
+    least = path.stat().st_size - 5000
+    shown = page_of(path, rollouts, most_bytes=least)
+    assert 0 < shown < 12 and shown % 2 == 0 and path.stat().st_size <= least
     assert page_index(path)["shown"] == shown
     with pytest.raises(ValueError, match="the first group needs more than 50000 bytes"):
         page_of(path, rollouts, most_bytes=50_000)
+
+
+def test_contexts_beside_the_page_hold_the_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hsd.credit.sidecars.PART_BYTES", 1)
+    rollouts = list(make_groups(groups=2, group_size=2, length=8))
+    path = tmp_path / "page.html"
+    assert page_of(path, rollouts, sidecars=True) == 4
+    index = page_index(path)
+    assert [group["part"] for group in index["groups"]] == [0, 1]
+    names = {f"answer-{part}.js" for part in range(2)}
+    assert {file.name for file in (tmp_path / "page-contexts").iterdir()} >= names
+    for number, rollout in enumerate(rollouts):
+        block = f"b{number // 2}-{number % 2}"
+        inside = unpack(data_scripts(path)[block], contexts=1)["contexts"]
+        own = rollout.contexts["answer_peer"]
+        np.testing.assert_allclose(inside[0]["kl"], own.kl, rtol=0, atol=1e-5)
+        script = (tmp_path / "page-contexts" / f"answer-{number // 2}.js").read_text()
+        found = re.fullmatch(r'creditSidecar\("answer", (\{[^{}<]*\})\);\n', script)
+        assert found is not None
+        values = unpack_context(json.loads(found[1])[block])
+        beside = rollout.contexts["answer"]
+        for key in ("logprob", "kl", "entropy"):
+            np.testing.assert_allclose(values[key], getattr(beside, key), rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(values["token_ids"], beside.top.token_ids)
+    page_of(path, rollouts)
+    assert not (tmp_path / "page-contexts").exists()
 
 
 def test_hostile_text_cannot_leave_its_block(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from credit_records import make_rollout
+from credit_records import CONTEXTS, make_rollout
 from transformers import PreTrainedTokenizerFast
 
-from hsd.credit.records import from_json, read_records, to_json
+from hsd.credit.files import read_records, write_records
+from hsd.credit.records import from_record
 from hsd.credit.source import CreditGroup, read_groups
 from hsd.data.peers import uniform_peers
 
@@ -106,12 +107,17 @@ def test_a_peer_that_failed_is_refused(tmp_path: Path, tokenizer: PreTrainedToke
         read(path, tokenizer)
 
 
-def test_records_survive_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_records_survive_the_file(ending: str, tmp_path: Path) -> None:
+    if ending == "parquet":
+        pytest.importorskip("pyarrow", reason="Python 3.10 has no pinned pyarrow")
     text = 'a "quoted" \u2028 </script> é\ud800'
     rollout = make_rollout(6, text=text, divergence=2, answer=None)
     rollout.entropy[3] = float("nan")
-    path = tmp_path / "credit.jsonl"
-    path.write_text(to_json(rollout) + "\n" + to_json(rollout) + "\n", encoding="utf-8")
+    path = tmp_path / f"credit.{ending}"
+    if ending == "parquet":  # which holds whole characters only
+        text = text.replace("\ud800", "?")
+    assert len(list(write_records(path, [rollout] * 2, contexts=CONTEXTS))) == 2
     for read_back in read_records(path):
         assert (read_back.text, read_back.answer, read_back.divergence) == (text, None, 2)
         assert read_back.tokens == rollout.tokens
@@ -123,9 +129,10 @@ def test_records_survive_the_file(tmp_path: Path) -> None:
 
 
 def test_a_line_that_is_no_record_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"found no record of credit\.jsonl"):
-        from_json('{"step": 1}')
+    with pytest.raises(ValueError, match=r"found no record of a rollout"):
+        from_record({"step": 1})
     path = tmp_path / "credit.jsonl"
-    path.write_text(to_json(make_rollout(2)) + "\n[]\n", encoding="utf-8")
+    list(write_records(path, [make_rollout(2)], contexts=CONTEXTS))
+    path.write_text(path.read_text(encoding="utf-8") + "[]\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"credit\.jsonl:2: "):
         list(read_records(path))

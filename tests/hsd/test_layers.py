@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -46,6 +47,27 @@ def test_checkpointed_layers_give_the_same_gradient_and_keep_less_for_it(
     assert torch.equal(found, expected)
     assert little < 0.5 * much
     assert set(checkpointed.model.state_dict()) == names
+
+
+@pytest.mark.parametrize("change", [checkpoint_activations, compile_layers])
+def test_a_copy_of_a_changed_model_runs_its_own_layers(
+    change: Callable[[Any], None],
+    make_model: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model = make_model()
+    change(model)
+    copied = copy.deepcopy(model)
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        before = copied(ids).logits
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert torch.equal(copied(ids).logits, before)
+        for parameter in copied.model.layers.parameters():
+            parameter.mul_(2)
+        assert not torch.equal(copied(ids).logits, before)
 
 
 def test_the_layers_of_a_model_are_found_in_order(make_model: Callable[..., Any]) -> None:

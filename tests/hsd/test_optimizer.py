@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from hsd.config import OptimizerConfig
+from hsd.policy import offload
 from hsd.policy.optimizer import adamw, clipped_step, learning_rate
 
 
@@ -103,3 +106,22 @@ def test_with_its_states_on_the_host_adamw_is_the_same() -> None:
         for ours, theirs in zip(host, plain, strict=True):
             assert torch.equal(ours, theirs)
     assert not torch.equal(plain[0], start[0])
+
+
+def test_what_is_stepped_in_staging_memory_is_written_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of copies and slots; that streams keep it needs a GPU to show."""
+    event = SimpleNamespace(synchronize=lambda: None)
+    stream = SimpleNamespace(
+        wait_stream=lambda _: None, record_event=lambda: event, synchronize=lambda: None
+    )
+    empty = torch.empty
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory, **kw: empty(*shape, **kw))
+    shapes = [(3, 4), (0, 4), (7,), (2, 2, 2), (1,)]
+    pairs = [(torch.randn(shape), torch.randn(shape)) for shape in shapes]
+    expected = [weight - gradient for weight, gradient in pairs]
+    for weight, gradient in offload._staged(pairs):
+        weight.sub_(gradient)
+    assert all(torch.equal(pair[0], own) for pair, own in zip(pairs, expected, strict=True))

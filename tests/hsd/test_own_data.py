@@ -98,6 +98,7 @@ def test_the_default_method_is_hsd_as_published(checkout: Path) -> None:
     [
         (["recipes/grpo.toml", "--base"], "--base: found nothing behind it"),
         (["recipes/grpo.toml", "--base", "no.toml"], "no.toml: no such recipe"),
+        (["recipes/grpo.toml", "--task.source", "jsonl"], "expected a base with such a task"),
     ],
 )
 def test_a_wrong_base_is_one_line(

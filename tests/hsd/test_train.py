@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hsd import train, trainer
+from hsd import loop, session, train, trainer
 from hsd.data.questions import question_stream
 from hsd.metrics import JsonLines, read_json_lines
 from hsd.recipe import config_from_dict, parse_arguments
@@ -21,7 +21,7 @@ from hsd.recipe import config_from_dict, parse_arguments
 MakeRecipe = Callable[..., Path]
 RunHsd = Callable[..., int]
 
-TIMINGS = {"seconds", "rollout_seconds", "update_seconds", "tokens_per_second"}
+TIMINGS = {"seconds", "rollout_seconds", "update_seconds", "tokens_per_second", "peak_memory_bytes"}
 ROLLOUT_FIELDS = {
     "step",
     "question",
@@ -34,6 +34,8 @@ ROLLOUT_FIELDS = {
     "finish_reason",
     "policy_version",
     "correct",
+    "outcome",
+    "kept",
     "peer",
     "divergence",
     "peers",
@@ -137,6 +139,7 @@ def test_step_metrics_are_those_of_the_rollouts(trained_run: Path) -> None:
         tokens = sum(len(record["token_ids"]) for record in own)
         assert step["reward"] == sum(record["correct"] for record in own) / 8
         assert step["peer_share"] == sum(record["peer"] is not None for record in own) / 8
+        assert step["context_length"] == sum(record["context_length"] for record in own) / 8
         assert step["failed_with_peer_share"] == pytest.approx(
             sum(record["peer"] is not None and not record["correct"] for record in own) / 8
         )
@@ -256,13 +259,13 @@ def test_evaluations_and_checkpoints_come_when_asked_for(
     go: Callable[..., tuple[int, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[int] = []
-    original = train.RunFolder.checkpoint
+    original = loop.RunFolder.checkpoint
 
-    def recorded(self: Any, model: Any, tokenizer: Any) -> None:
+    def recorded(self: Any, *arguments: Any) -> None:
         saved.append(len(steps(self.path)))
-        original(self, model, tokenizer)
+        original(self, *arguments)
 
-    monkeypatch.setattr(train.RunFolder, "checkpoint", recorded)
+    monkeypatch.setattr(loop.RunFolder, "checkpoint", recorded)
     _, run = go("--steps", 4, "--evaluation.every", 2, "--checkpoint-every", 3, "--warmup.steps", 0)
     assert [r["step"] for r in metrics(run) if r["kind"] == "evaluation"] == [0, 2, 4]
     assert saved == [3, 4]
@@ -384,8 +387,8 @@ def interrupt_at(
         ("judge", 4, 1),
         ("accumulate_gradients", 3, 2),
         ("clipped_step", 3, 2),
-        ("evaluate", 1, 0),
-        ("evaluate", 2, 3),
+        ("_measure", 1, 0),
+        ("_measure", 2, 3),
     ],
 )
 def test_an_interrupt_leaves_a_checkpoint_and_whole_files(
@@ -397,7 +400,7 @@ def test_an_interrupt_leaves_a_checkpoint_and_whole_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patch:
-        interrupt_at(patch, name, call)
+        interrupt_at(patch, name, call, module=session if name == "_measure" else train)
         status, run = go()
     assert status == 130
     assert len(steps(run)) == done
@@ -437,8 +440,9 @@ def test_a_gradient_that_is_not_finite_leaves_the_last_good_weights(
         return result
 
     monkeypatch.setattr(train, "accumulate_gradients", poisoned)
-    status, run = go()
+    status, run = go("--recovery.max-skipped-steps", 1)
     assert status == 1
+    assert [step["skipped_updates"] for step in steps(run)] == [1.0]
     assert all(value.isfinite().all() for value in weights(run).values())
 
 

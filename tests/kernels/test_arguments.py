@@ -287,11 +287,6 @@ def test_the_reference_refuses_what_it_has_not(name, value):
     )
 
 
-def test_an_option_that_this_version_lacks():
-    with pytest.raises(NotImplementedError, match=r"^precision: .*expected 'auto'"):
-        fused_hsd_loss(**arguments(precision="difference"))
-
-
 def test_bad_values_in_rows_without_weight_are_accepted():
     given = arguments(
         token_weights=one_bad(0.0),

@@ -23,7 +23,7 @@ from kernel_problems import (
 )
 
 from hsd_kernels import fused_hsd_loss, plan
-from hsd_kernels.rows.torch_rows import compiler_found
+from hsd_kernels.rows.compiled import compiler_found
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from hsd_kernels import fused_hsd_loss, ops
-from hsd_kernels.rows.torch_rows import compiler_found
+from hsd_kernels.rows.compiled import compiler_found
 
 MIB = 2**20
 

@@ -108,6 +108,15 @@ def test_compiled_without_a_graph_break_and_without_recompiling_over_n(name):
 
 
 @pytest.mark.gradient
+def test_compiled_gradients_are_those_of_the_dense_reference():
+    given, expected = problem(), truth(problem()).gradients
+    torch._dynamo.reset()
+    found = gradients(torch.compile(hsd, fullgraph=True, backend="aot_eager"), given)[1]
+    for name, gradient in found.items():
+        assert relative_error(gradient, expected[name]) <= 1e-4, name
+
+
+@pytest.mark.gradient
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_inside_activation_checkpointing(reentrant):
     given = problem()

@@ -11,7 +11,7 @@ from kernel_problems import Draw, likely_token, relative_error, scale_and_height
 from torch import Tensor
 
 from hsd_kernels.reference import divergences, kl_divergence
-from hsd_kernels.rows import RowInputs, RowSpec, torch_rows
+from hsd_kernels.rows import RowInputs, RowSpec, compiled
 from hsd_kernels.rows.torch_rows import row_grad, row_stats
 from hsd_kernels.statistics import DIFFERENTIABLE, coefficients, named_statistics
 
@@ -19,7 +19,7 @@ GRADIENT, VALUE = 1e-5, 1e-3  # relative; values from 1e-5 nats
 OFFSETS = ((0, 0), (40, 40), (-40, -40), (40, 0), (0, -40))  # of student and teacher, row by row
 VOCABULARY = {0.1: 512, 3.0: 512, 6.0: 512, 11.0: 65_536}  # by entropy in nats
 needs_compiler = pytest.mark.skipif(
-    not torch_rows.compiler_found(), reason="torch.compile finds no C++ compiler"
+    not compiled.compiler_found(), reason="torch.compile finds no C++ compiler"
 )
 STATISTICS = [
     ("forward_kl", 0.5),
@@ -148,7 +148,7 @@ def test_any_number_of_specifications_can_be_compiled(monkeypatch):
     monkeypatch.setattr(
         torch, "compile", lambda f, *, options, **kwargs: without_inductor(f, **kwargs)
     )
-    torch_rows._fused.cache_clear()
+    compiled.fused.cache_clear()
     try:
         for source in ("logits", "difference"):
             for name, beta in STATISTICS[::2]:
@@ -157,7 +157,7 @@ def test_any_number_of_specifications_can_be_compiled(monkeypatch):
                     spec = dataclasses.replace(kernel.spec, softcap=softcap)
                     row_stats(spec, kernel.inputs, fused=True)
     finally:
-        torch_rows._fused.cache_clear()
+        compiled.fused.cache_clear()
 
 
 @pytest.mark.parametrize("source", ["logits", "difference"])

@@ -10,11 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from hsd_kernels import fused_hsd_loss, ops
-from hsd_kernels.rows import torch_rows
+from hsd_kernels.rows import torch_logits
 
 LEARNED = ("student_hidden", "weight")
-ROWS, HIDDEN, VOCAB = 256, 32, 4000
-CHUNK_BYTES = 64 * 3 * 4 * VOCAB
+ROWS, HIDDEN, VOCAB = 512, 32, 8000
+CHUNK_BYTES = 128 * 3 * 4 * VOCAB
 
 
 class Tracker(MemTracker):
@@ -61,10 +61,12 @@ def measured_peak(given: dict[str, object]) -> int:
 @pytest.mark.parametrize("options", [{}, {"kl_temperature": 1.5}], ids=["", "two temperatures"])
 def test_the_simulated_peak_is_the_measured_one(dtype, options, monkeypatch):
     # What plain PyTorch needs beside the workspace to work on some rows; compiled, it needs none.
-    monkeypatch.setattr(torch_rows, "_PLAIN_BLOCK_ELEMENTS", VOCAB)
+    monkeypatch.setattr(torch_logits, "_PLAIN_BLOCK_ELEMENTS", VOCAB)
     given = problem(dtype, **options)
     step(given)  # what is allocated once per process
-    assert simulated_peak(given, MemTracker()) == pytest.approx(measured_peak(given), rel=0.1)
+    # bf16 logits also have probes, of a number of columns that is small beside a real vocabulary.
+    tolerance = 0.15 if dtype == torch.bfloat16 else 0.1
+    assert simulated_peak(given, MemTracker()) == pytest.approx(measured_peak(given), rel=tolerance)
 
 
 def test_a_tracker_that_was_not_shown_the_workspace_misses_it():

@@ -12,10 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"]
-KERNELS = {"partials", "mixture", "gradient", "column_mass"}
+KERNELS = {"partials", "mixture", "gradient", "column_mass", "column_error"}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # six targets, minutes on a busy machine
 def test_no_spill_and_no_narrow_load_of_row_data(tmp_path):
     """In a process of its own: in this one, triton interprets. The vocabulary is odd."""
     report = tmp_path / "report.json"
@@ -36,3 +37,8 @@ def test_no_spill_and_no_narrow_load_of_row_data(tmp_path):
         assert {k["kernel"] for k in kernels if k["target"] == target} == KERNELS
     assert all(k["spilled_bytes"] == 0 < k["registers"] for k in kernels)
     assert all(k["expected_load_bits"] >= 128 for k in kernels)
+    for each in kernels:  # in every streaming loop, all of the rows' data in whole loads
+        assert each["body_load_bits"]
+        assert all(n and n % each["expected_load_bits"] == 0 for n in each["body_load_bits"])
+    looping = [k for k in kernels if k["kernel"].startswith("column_")]
+    assert {len(k["body_load_bits"]) for k in looping} == {1}

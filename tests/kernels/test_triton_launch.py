@@ -11,15 +11,16 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_problems import Draw, relative_error
+from kernel_problems import Draw, cast, relative_error, solve
 from torch import Tensor
 from triton.runtime import interpreter
 from triton_problems import Rows, pitched, plain_rows, spec_of, stored_rows
 
-from hsd_kernels.rows import RowSpec, torch_rows, triton_math, triton_rows
+from hsd_kernels import precision
+from hsd_kernels.rows import RowSpec, torch_errors, torch_rows, triton_math, triton_rows
 from hsd_kernels.rows.partials import Partial, finish, merge
 from hsd_kernels.rows.triton_rows import TILE
-from hsd_kernels.statistics import DIVERGENCES, Row, named_statistics
+from hsd_kernels.statistics import DIVERGENCES, Row, coefficients, named_statistics
 
 EVERYTHING = {"forward_kl": True, "reverse_kl": True, "jsd": True, "target": True}
 
@@ -70,6 +71,35 @@ def test_statistics_are_those_of_the_other_backend(source):
     for line in (Partial.TOP, Partial.TEACHER_TOP):
         assert torch.equal(first[:, line], triton_rows.row_partials(rows.spec, x)[:, line] + 1000)
     assert found[Row.TOP1_AGREE].tolist() == expected[Row.TOP1_AGREE].tolist()
+
+
+@pytest.mark.parametrize("name", [*DIVERGENCES, "ref_kl"])
+def test_errors_of_rounding_are_those_of_the_other_backend(name):
+    """Over two blocks of rows and two tiles, with an entropy and a log-prob term."""
+    rows, columns = 35, TILE + 301
+    draw = Draw((rows,), vocab=columns)
+    student = 3 * draw.normal(rows, columns)
+    sides = {s: student + draw.normal(rows, columns) for s in ("teacher", "reference")}
+    spec = spec_of(name, "difference", target=True)
+    temperature = 0.5 + draw.per_token().float()
+    stored = stored_rows(
+        spec,
+        {"student": student, **sides},
+        dtype=torch.bfloat16,
+        scale=0.7,
+        beta=0.2,
+        targets=draw.targets(),
+        temperature=temperature,
+        teacher_temperature=temperature,
+    )
+    x, statistics = stored.inputs, stored.statistics()
+    weights = {n: draw.per_token().float() for n in (name, "entropy", "logprob")}
+    along = coefficients(weights, statistics, jsd_complement=x.jsd_complement)
+    found = triton_rows.row_errors(spec, x, statistics, along)
+    expected = torch_errors.row_errors(spec, x, statistics, along, fused=False)
+    for line in range(3):
+        assert relative_error(found[line], expected[line]) <= 1e-4, line
+    assert torch.equal(found, triton_rows.row_errors(spec, x, statistics, along))
 
 
 def test_a_shard_without_columns_adds_nothing():
@@ -209,6 +239,31 @@ def test_traffic_is_that_of_the_model(name, source, dtype, out):
     with counted_traffic() as traffic:
         triton_rows.column_mass(gradient)
     assert traffic.read == pytest.approx(out.itemsize * elements, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {"divergence": "jsd"}),
+        (torch.bfloat16, {"precision": "difference"}),
+        (torch.float32, {"sparse_tolerance": 0.01}),
+    ],
+)
+def test_traffic_is_that_of_the_plan(dtype, options, monkeypatch):
+    monkeypatch.setattr(precision, "TOLERANCE", 1.0)  # no plan knows what will be refined
+    rows = 32
+    draw = Draw((rows,), 8, TILE + 1)
+    arguments = cast(draw.problem(bias=False), dtype) | options
+    with counted_traffic() as traffic:
+        result = solve(arguments, backend="triton")
+    logits, gradient = 4 if "precision" not in options else 2, dtype.itemsize
+    centres = 2 if "precision" in options else 0  # written before the GEMM, which reads them
+    products = rows * draw.vocab * (2 * (1 + centres) * logits + 2 * gradient)
+    # Where the errors are estimated, the compiler reads the difference once: the source says twice.
+    twice = rows * draw.vocab * logits if centres else 0
+    counted = traffic.read + traffic.written - twice
+    assert counted == pytest.approx(result.plan.traffic_bytes - products, rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

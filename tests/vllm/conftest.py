@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hsd.distributed.process import World
 from hsd.policy.load import load_policy
 from hsd.rollout.config import EngineConfig
 from hsd.rollout.protocol import Sampling
@@ -61,6 +62,7 @@ def start_engine(
             compute_dtype=dtype,
             sampling=sampling,
             concurrent=32,
+            world=World(rank=0, size=1),
         )
         started.append(engine)
         return engine

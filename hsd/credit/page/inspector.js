@@ -75,10 +75,10 @@ function describe(column, position, context) {
   own.append(labels, values);
   const parts = [head, where, own, numbersTable(numbers, position, context)];
   const tops = element("div", undefined, "tops");
-  tops.append(topList("Student, most likely", numbers.topAt(0, position), id));
+  tops.append(topList("Student, most likely", numbers.tops[0](position), id));
   const side = numbers.side[context];
   if (side !== null) {
-    tops.append(topList(`Teacher (${contextLabel(context)}), most likely`, numbers.topAt(side, position), id));
+    tops.append(topList(`Teacher (${contextLabel(context)}), most likely`, numbers.tops[side](position), id));
   }
   byId("token").replaceChildren(...parts, tops);
 }

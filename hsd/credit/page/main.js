@@ -6,7 +6,8 @@ async function choose(rollout) {
   state.rollout = rollout;
   markChosen(rollout);
   const peer = peerOf(rollout);
-  const [numbers, peerNumbers] = await Promise.all([numbersOf(rollout), peer && numbersOf(peer)]);
+  const [numbers, peerNumbers] = await Promise.all(
+    [rollout, peer].map((each) => each && numbersOf(each, state.context)));
   if (state.rollout !== rollout) return; // another was chosen meanwhile
   state.columns = [column("rollout", rollout, numbers, peer ? rollout.tau : null)];
   if (peer) state.columns.push(column("peer", peer, peerNumbers, rollout.tau));
@@ -27,7 +28,12 @@ function redraw() {
   drawProfile(state.rollout, state.columns[0].numbers, state.context);
   if (state.column) describe(state.column, state.position, state.context);
   const note = [];
-  if (measure.key !== "entropy" && !state.columns[0].numbers.views[state.context]) {
+  const { views, missing } = state.columns[0].numbers;
+  const taught = state.rollout.credit[state.context] !== null;
+  if (taught && !views[state.context]) {
+    note.push(missing ? `“${contextLabel(state.context)}” is in the file ${missing}, which is not beside this page.`
+      : `“${contextLabel(state.context)}” is being loaded.`);
+  } else if (measure.key !== "entropy" && !taught) {
     note.push(`“${contextLabel(state.context)}” gives this rollout no teacher: it has no such peer.`);
   } else if (!peerOf(state.rollout)) {
     note.push("No other rollout of the group succeeded, so it has no peer.");
@@ -71,8 +77,8 @@ async function drawStrips() {
   const longest = Math.max(...group.map((each) => each.n));
   const lines = byId("strips").tBodies[0].rows;
   for (const [place, each] of group.entries()) {
-    const numbers = await numbersOf(each);
-    if (state.rollout !== rollout) return;
+    const numbers = await numbersOf(each, context);
+    if (state.rollout !== rollout || state.context !== context) return;
     const credit = each.credit[context];
     lines[place].cells[4].textContent = credit === null ? "–" : credit.toFixed(3);
     drawStrip(lines[place].querySelector("canvas"), each, numbers, MEASURES[state.measure], context, longest);
@@ -156,6 +162,16 @@ function pick(name, value) {
   const input = document.querySelector(`input[name=${name}][value="${value}"]`);
   input.checked = true;
   redraw();
+  if (name === "context" && state.rollout) addContexts();
+}
+
+// Loads what the chosen context needs and the page does not hold.
+async function addContexts() {
+  const { columns, context } = state;
+  const here = ({ rollout, numbers }) => rollout.credit[context] === null || numbers.views[context];
+  if (columns.every(here)) return;
+  for (const part of columns) part.numbers = await numbersOf(part.rollout, context);
+  if (state.columns === columns && state.context === context) redraw();
 }
 
 const KEYS = {

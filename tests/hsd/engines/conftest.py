@@ -12,6 +12,7 @@ import torch
 from fake_vllm import Server
 from vllm_cases import SAMPLING, Start
 
+from hsd.distributed.process import World
 from hsd.rollout.config import EngineConfig
 from hsd.rollout.protocol import Sampling
 from hsd.rollout.vllm_server import VllmServerEngine
@@ -45,6 +46,7 @@ def start(tmp_path: Path, make_model: Callable[..., Any], tokenizer: Any) -> Ite
             compute_dtype=torch.float32,
             sampling=sampling,
             concurrent=8,
+            world=World(rank=0, size=1),
         )
         engines.append(engine)
         return engine

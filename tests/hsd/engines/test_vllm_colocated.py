@@ -16,6 +16,7 @@ from fake_vllm import STOP, Server, fingerprint
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from vllm_cases import SAMPLING, Start, sample
 
+from hsd.distributed.process import World
 from hsd.rollout.config import EngineConfig
 from hsd.rollout.protocol import EngineError, Sampling
 from hsd.rollout.vllm_colocated import VllmColocatedEngine
@@ -93,6 +94,7 @@ def make_engine(
             compute_dtype=torch.bfloat16,
             sampling=Sampling(max_new_tokens=6, temperature=temperature),
             seed=3,
+            world=World(rank=0, size=1),
         )
 
     return make

@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from fake_vllm import STOP, Server
-from vllm_cases import PROMPTS, SAMPLING, Start, behave, require_current, sample
+from vllm_cases import PROMPTS, Start, behave, require_current, sample
 
-from hsd.rollout.config import EngineConfig
 from hsd.rollout.protocol import EngineError, Sampling
-from hsd.rollout.vllm_server import VllmServerEngine
 
 MakeModel = Callable[..., Any]
 
@@ -58,11 +55,14 @@ def test_requests_are_spread_over_the_servers(start: Start) -> None:
         each.shutdown()
 
 
-def test_ranks_share_the_servers(server: Server, make_model: MakeModel, tokenizer: Any) -> None:
-    options: dict[str, Any] = {"compute_dtype": torch.float32, "sampling": SAMPLING}
-    config = EngineConfig(kind="vllm", urls=(server.url,))
+def test_ranks_of_a_machine_share_its_servers(
+    server: Server, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    start(urls=(server.url,))
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(EngineError, match=r"engine\.urls: found 1 for 2 ranks"):
-        VllmServerEngine(config, make_model(), tokenizer, concurrent=1, rank=1, ranks=2, **options)
+        start(urls=(server.url,))
 
 
 def test_new_weights_are_loaded_and_the_prefix_cache_is_reset_before_they_are_named(

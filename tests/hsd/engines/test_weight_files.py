@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
+from hsd.distributed.process import World
 from hsd.rollout.weight_sync import WeightFiles
 
 MakeModel = Callable[..., PreTrainedModel]
+ALONE = World(rank=0, size=1)
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "gemma2-softcap", "opt-positions"])
@@ -29,7 +31,7 @@ def test_the_files_are_the_model(
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     model = make_model(kind)
     tied = model.config.tie_word_embeddings
-    path = WeightFiles(tokenizer, dtype=torch.float32, parent=tmp_path).write(model, 4)
+    path = WeightFiles(tokenizer, dtype=torch.float32, parent=tmp_path, world=ALONE).write(model, 4)
     # All files of the directory, as vLLM reads them; what they lack may only be a tied head.
     tensors = {k: v for file in path.glob("*.safetensors") for k, v in load_file(file).items()}
     read = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).eval()
@@ -47,7 +49,7 @@ def test_the_files_are_the_model(
 def test_the_newest_files_stay_in_the_engine_s_dtype(
     make_model: MakeModel, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    files = WeightFiles(tokenizer, dtype=torch.bfloat16, parent=tmp_path)
+    files = WeightFiles(tokenizer, dtype=torch.bfloat16, parent=tmp_path, world=ALONE)
     for version in range(3):
         newest = files.write(make_model(seed=version), version)
         assert list(files.folder.iterdir()) == [newest] == [files.current]
@@ -63,7 +65,7 @@ def test_the_newest_files_stay_in_the_engine_s_dtype(
 def test_files_that_cannot_be_written_leave_the_former_ones(
     make_model: MakeModel, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = WeightFiles(tokenizer, dtype=torch.float32, parent=tmp_path)
+    files = WeightFiles(tokenizer, dtype=torch.float32, parent=tmp_path, world=ALONE)
     model = make_model()
     first = files.write(model, 1)
 
@@ -74,3 +76,19 @@ def test_files_that_cannot_be_written_leave_the_former_ones(
     with pytest.raises(OSError, match="no space left"):
         files.write(model, 2)
     assert files.current == first and list(files.folder.iterdir()) == [first]
+
+
+def test_the_first_rank_of_a_machine_writes_for_the_others(
+    make_model: MakeModel, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = WeightFiles(tokenizer, dtype=torch.float32, parent=tmp_path, world=ALONE)
+    monkeypatch.setattr(World, "gather", lambda self, items: [str(first.folder), *items])
+    monkeypatch.setattr(World, "barrier", lambda self: None)
+    second = WeightFiles(
+        tokenizer, dtype=torch.float32, parent=tmp_path, world=World(rank=1, size=2)
+    )
+    assert second.write(make_model(), 3) == first.folder / "version-3"
+    assert list(tmp_path.iterdir()) == [first.folder] and not list(first.folder.iterdir())
+    assert first.write(make_model(), 3) == second.current
+    second.close()
+    assert first.folder.exists()

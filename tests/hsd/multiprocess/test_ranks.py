@@ -86,6 +86,7 @@ def test_gathered_shares_are_in_the_order_they_were_dealt_in(rank: int, folder: 
 
 def without_timings(path: Path) -> list[dict[str, Any]]:
     timings = {"kind", "seconds", "rollout_seconds", "update_seconds", "tokens_per_second"}
+    timings |= {"peak_memory_bytes"}
     records = read_json_lines(path / "metrics.jsonl")
     return [{k: v for k, v in record.items() if k not in timings} for record in records]
 

@@ -37,7 +37,7 @@ def sharded(folder: Path) -> dict[tuple[int, str], list[Found]]:
     """What the ranks found: of every world size and case, rank by rank."""
     found = {}
     for ranks, cases in ALL.items():
-        script = Path(__file__).with_name("shard_rank.py")
+        script = Path(__file__).with_name("sharding_rank.py")
         done = launch(script, folder, cache=folder, processes=ranks)
         assert done.returncode == 0, done.stderr
         for name in cases:

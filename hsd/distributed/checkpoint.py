@@ -1,0 +1,176 @@
+"""Checkpoints for resuming: whole or absent, written while training goes on.
+
+A checkpoint is a folder `step-00000012` of safetensors files by torch.distributed.checkpoint and of
+JSON: nothing in it is unpickled. It is written under another name and renamed once all of it is on
+disk, so a process killed at any moment leaves the previous one. All ranks see the same folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, cast
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
+
+from hsd.distributed.process import World
+
+# A single process is a single process.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class Checkpoints:
+    """The checkpoints of a run. Every rank calls every method, in the same order.
+
+    Args:
+        folder: exists on every rank.
+        keep: checkpoints that stay; older ones are removed once a new one is whole.
+    """
+
+    def __init__(self, folder: Path, world: World, *, keep: int) -> None:
+        self._folder = folder
+        self._world = world
+        self._keep = keep
+        whole = whole_checkpoints(folder)
+        self._saved = whole[-1][0] if whole else None
+        self._pending: Future[Any] | None = None
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        # The writing thread's collectives must not meet those of the training step.
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, Any],
+        *,
+        shared: Mapping[str, Any],
+        own: Mapping[str, Any],
+    ) -> None:
+        """Copies the tensors, then writes behind the caller's back; one save at a time.
+
+        Args:
+            tensors: nested dictionaries of tensors and DTensors; may change after the call.
+            shared: JSON values, those of rank 0 are kept.
+            own: JSON values of this rank.
+
+        Raises:
+            OSError: the previous save failed.
+        """
+        self.wait()
+        fresh, final = self._folder / f".step-{step:08d}", self._folder / f"step-{step:08d}"
+        if step == self._saved:  # a step has one state
+            return
+        self._saved = step
+        if self._world.is_main:
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir()
+            _write_json(fresh / "state.json", shared)
+        self._world.barrier()
+        _write_json(fresh / f"rank-{self._world.rank:05d}.json", own)
+        writing = cast(
+            "Future[Any]",
+            async_save(
+                tensors,
+                storage_writer=HuggingFaceStorageWriter(str(fresh), save_distributed=True),
+                process_group=self._group,
+                no_dist=self._group is None,
+            ),
+        )
+        self._pending = writing
+        if self._world.is_main:  # its part ends when those of all ranks have
+            self._pending = self._executor.submit(self._commit, writing, fresh, final)
+
+    def wait(self) -> None:
+        """Until the last save is on disk.
+
+        Raises:
+            OSError: it failed.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits, and ends the thread."""
+        try:
+            self.wait()
+        finally:
+            self._executor.shutdown()
+
+    def _commit(self, writing: Future[Any], fresh: Path, final: Path) -> None:
+        writing.result()
+        for path in (*fresh.iterdir(), fresh):
+            _sync(path)
+        fresh.rename(final)
+        _sync(self._folder)
+        for _, old in whole_checkpoints(self._folder)[: -self._keep]:
+            # Renamed first: what is half removed must not look whole.
+            dead = old.with_name(f".{old.name}")
+            shutil.rmtree(dead, ignore_errors=True)
+            old.rename(dead)
+            shutil.rmtree(dead)
+
+
+def whole_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of each, oldest first."""
+    found = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    return sorted((int(name[1]), path) for name, path in found if name)
+
+
+def load_tensors(path: Path, tensors: dict[str, Any], world: World) -> None:
+    """Fills tensors and DTensors in place, whatever number of ranks wrote the checkpoint.
+
+    Raises:
+        ValueError: the checkpoint lacks one of them, or has it in another shape.
+    """
+    try:
+        load(
+            tensors,
+            storage_reader=HuggingFaceStorageReader(str(path)),
+            no_dist=world.size == 1,
+        )
+    except CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        raise ValueError(f"{path}: found no checkpoint of this run's model: {reason}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object.
+
+    Raises:
+        ValueError: the file is not one.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: found no readable JSON ({error}), expected an object") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: found {type(values).__name__}, expected an object")
+    return values
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

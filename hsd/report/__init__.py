@@ -1,0 +1,1 @@
+"""Runs side by side: one page of tables, curves and alarms."""

@@ -1,0 +1,212 @@
+"""Logits held in bf16 without its errors: differences, centres, and columns refined to fp32.
+
+Where all sides share one head, what a chunk holds in bf16 are the student's logits less a number
+per row, x_s W^T - a, and the differences to the others less one, (x_s - x_t) W^T - b. No divergence
+depends on a and b, but what rounding does to the numbers: it is relative to them. With a near the
+logits of the tokens that carry mass, and b near their differences, it is smallest where it counts.
+`addmm` starts its fp32 sums at -a, so that nothing is rounded before.
+
+What is left is estimated, of the gradient and of the KLs (`row_errors`). Where it exceeds
+`TOLERANCE`, the columns with the largest share are computed again in fp32, their parts of the
+statistics merged with those of the rest, and their columns of the gradient formed from the fp32
+values. A chunk that needs more than `LARGEST_SHARE` of its columns is computed with fp32 logits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hsd_kernels.backends import multiply
+from hsd_kernels.differentiation import token_loss
+from hsd_kernels.passes import Formed, Group, chunk_passes, merged_statistics, row_inputs
+from hsd_kernels.plan import LARGEST_SHARE
+from hsd_kernels.problem import Problem
+from hsd_kernels.rows import RowInputs, RowKernels, RowSpec
+from hsd_kernels.rows.mixture import finish_mixture
+from hsd_kernels.rows.partials import Partial, finish, merge
+from hsd_kernels.statistics import Coefficients, coefficients
+from hsd_kernels.workspace import new_rows
+
+TOLERANCE = 0.005  # expected relative error of a chunk that needs no refinement
+_PROBES = 128  # columns, and as many targets, that tell where a row's logits lie
+_NOWHERE = 1e30  # a logit whose exp is 0, and whose products with 0 are
+
+
+class _Chunk(NamedTuple):
+    """S sides of a chunk: the student, and the differences to the others."""
+
+    operands: Tensor  # (S C, D) bf16
+    centres: Tensor  # (S, C) fp32
+    logits: list[Tensor]  # S of (C, V) bf16, less the centres
+    at_targets: Tensor | None  # (S, C) fp32, less the centres
+    targets: Tensor | None  # (C,) int64
+
+
+class _Block(NamedTuple):
+    """Columns of a chunk, as the row kernels take them."""
+
+    x: RowInputs
+    columns: Tensor | None  # (K,) int64 of the vocabulary; None: all
+
+
+def formed(
+    problem: Problem,
+    kernels: RowKernels,
+    group: Group,
+    rows: Tensor,
+    *,
+    head: Tensor,
+    buffers: Tensor,
+) -> Formed | None:
+    """Loss, statistics and logit gradient of a chunk; None where it needs fp32 logits.
+
+    Waits for the device once, for the number of columns to refine.
+
+    Args:
+        rows: (C,) int64 of the problem's tokens.
+        head: (V, D) bf16.
+        buffers: (at least S C, V) bf16; the gradient takes the place of the student's logits.
+    """
+    (reading,) = chunk_passes(problem, group)
+    spec, chunk = reading.spec, _centred_logits(problem, group, rows, head, buffers)
+    x = row_inputs(problem, reading, rows, chunk.logits, chunk.targets)
+
+    def evaluated(blocks: list[_Block]) -> tuple[Tensor, dict[str, Tensor], Tensor, Coefficients]:
+        values = _statistics(kernels, spec, blocks, chunk)
+        named = merged_statistics([values])
+        shift = chunk.centres * (x.logit_scale * x.inverse_temperature)
+        named["lse"] = named["lse"] + shift[0]
+        if group.teacher is not None:
+            named["teacher_lse"] = named["teacher_lse"] + (shift[0] - shift[1])
+        loss, gradients = token_loss(problem, named, rows, differentiate=True)
+        along = coefficients(gradients, values, jsd_complement=x.jsd_complement)
+        return values, named, loss, along
+
+    blocks = [_Block(x, None)]
+    values, named, loss, along = evaluated(blocks)
+    columns = _columns_to_refine(kernels.errors(spec, x, values, along), rows=len(rows))
+    if columns is None:
+        return None
+    if len(columns):
+        blocks = _refined(problem, chunk, x, head, columns)
+        values, named, loss, along = evaluated(blocks)
+    mass = torch.zeros_like(loss).expand(len(rows))
+    for block in blocks:
+        mass = mass + kernels.grad(spec, block.x, values, along, block.x.student)
+    gradient = x.student
+    for block in blocks[1:]:
+        gradient.index_copy_(1, columns, block.x.student.to(gradient.dtype))
+    return Formed(loss=loss, statistics=named, gradient=gradient, mass=mass, refined=len(columns))
+
+
+def _centred_logits(
+    problem: Problem, group: Group, rows: Tensor, head: Tensor, buffers: Tensor
+) -> _Chunk:
+    student = problem.student[rows].detach().float()
+    others = [side for side in (group.teacher, group.reference) if side is not None]
+    states = torch.stack([student, *(student - side.hidden[rows].float() for side in others)])
+    operands = states.flatten(0, 1).to(head.dtype)
+    probes = head[:: max(1, len(head) // _PROBES)]
+    targets = at_targets = None
+    if problem.targets is not None:
+        targets = problem.targets[rows]
+        # Off the CPU an impossible target is not refused: its row's weight is NaN.
+        own = head[targets.clamp(0, len(head) - 1)]
+        at_targets = torch.stack([(side * own.float()).sum(-1) for side in states])
+        probes = torch.cat([probes, own[:: max(1, len(own) // _PROBES)]])
+    factor = problem.settings.logit_scale / problem.temperature[rows]
+    found = torch.mm(operands, probes.t()).view(len(states), len(rows), -1)
+    if at_targets is not None:
+        found = torch.cat([found, at_targets[..., None].to(found.dtype)], dim=-1)
+    centres = _means(found, factor).to(head.dtype).float()
+    logits = buffers[: len(operands)]
+    logits.copy_(-centres.flatten()[:, None])
+    logits.addmm_(operands, head.t())
+    return _Chunk(
+        operands=operands,
+        centres=centres,
+        logits=list(torch.split(logits, len(rows))),
+        at_targets=None if at_targets is None else at_targets - centres,
+        targets=targets,
+    )
+
+
+def _means(logits: Tensor, factor: Tensor) -> Tensor:
+    """(S, C) means of raw logits (S, C, P), as the first side's distribution weighs them."""
+    share = torch.softmax(logits[0] * factor[:, None], dim=-1)
+    return torch.stack([(share * side).sum(-1) for side in logits])
+
+
+def _statistics(kernels: RowKernels, spec: RowSpec, blocks: list[_Block], chunk: _Chunk) -> Tensor:
+    """(len(Row), C) of the rows that the blocks make up."""
+    x = blocks[0].x
+    parts = []
+    for block in blocks:
+        found = kernels.partials(spec, block.x)
+        if block.columns is not None:
+            tops = [Partial.TOP, *([Partial.TEACHER_TOP] if block.x.teacher is not None else [])]
+            for top in tops:
+                found[:, top] = block.columns[found[:, top].long()].to(found.dtype)
+        parts.append(found)
+    whole = merge(spec, torch.cat(parts))
+    if chunk.at_targets is not None:
+        logits = chunk.at_targets * (x.logit_scale * x.inverse_temperature)
+        whole[Partial.TARGET] = logits[0]
+        if spec.teacher != "absent":
+            whole[Partial.TEACHER_TARGET] = logits[0] - logits[1]
+    rows = finish(spec, whole, x)
+    if not spec.jsd:
+        return rows
+    sums = torch.cat([kernels.mixture(spec, block.x, rows) for block in blocks])
+    return finish_mixture(rows, sums, x)
+
+
+def _columns_to_refine(errors: Tensor, *, rows: int) -> Tensor | None:
+    """The fewest columns without which the expected error is tolerable, (K,) int64 ascending.
+
+    None where fp32 logits are the better choice.
+
+    Args:
+        errors: (3, V) what `row_errors` returned.
+        rows: C, over whose KLs the mean is taken.
+    """
+    gradient, size, values = errors.double()
+    size_of_all = size.sum()
+    # Nothing is to be refined for a gradient that is zero.
+    error = torch.where(size_of_all > 0, gradient / size_of_all, 0) + values / rows
+    largest, order = error.sort(descending=True, stable=True)
+    left = largest.flip(0).cumsum(0).flip(0)  # of these columns and all that matter less
+    count = int((left > TOLERANCE**2).sum())
+    if count > math.ceil(LARGEST_SHARE * len(error)):
+        return None
+    columns: Tensor = order[:count].sort().values
+    return columns
+
+
+def _refined(
+    problem: Problem, chunk: _Chunk, x: RowInputs, head: Tensor, columns: Tensor
+) -> list[_Block]:
+    """The chunk without `columns`, and these in fp32."""
+    exact = new_rows(problem, len(chunk.operands), len(columns), torch.float32)
+    multiply(chunk.operands, head[columns].t(), exact)
+    exact -= chunk.centres.flatten()[:, None]
+    nowhere = -math.copysign(_NOWHERE, problem.settings.logit_scale)
+    x.student.index_fill_(1, columns, nowhere)
+    logits = iter(torch.split(exact, len(x.student)))
+    inside = outside = None
+    if chunk.targets is not None:
+        place = torch.searchsorted(columns, chunk.targets).clamp(max=len(columns) - 1)
+        found = columns[place] == chunk.targets
+        inside = torch.where(found, place, -1)
+        outside = torch.where(found, -1, chunk.targets)
+    fine = x._replace(
+        student=next(logits),
+        teacher=None if x.teacher is None else next(logits),
+        reference=None if x.reference is None else next(logits),
+        targets=inside,
+    )
+    return [_Block(x._replace(targets=outside), None), _Block(fine, columns)]

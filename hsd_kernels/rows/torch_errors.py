@@ -1,0 +1,141 @@
+"""How far a chunk's gradient and its KLs are off by rounding of the stored logits, in PyTorch.
+
+To first order, each stored number being off by what is uniform over one unit in its last place.
+With rho = log p/q = d - D, d = z - u and D = log E_q[exp d], a change of z at a fixed d moves both
+sides: p and q by their share of themselves, and D by p - q; a change of d moves D by q. So
+
+    p - q             by (p - q) dz + q dd, and by q for all columns together with D
+    p (rho - L)       by p (rho - L) dz + p dd
+    KL(q || p) = F    by [p - q - q (rho + F)] dz + q (rho + F) dd
+    KL(p || q) = L    by [p (rho - L) - (p - q)] dz + (p - q) dd
+
+and the like for jsd and the reference. What is small of second order in rho stays so.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hsd_kernels.rows import RowInputs, RowSpec
+from hsd_kernels.rows.compiled import fused as compiled
+from hsd_kernels.rows.mixture import log_mixture_ratio, mass_difference
+from hsd_kernels.rows.torch_gradient import span
+from hsd_kernels.rows.torch_logits import (
+    ChunkLogits,
+    chunk_logits,
+    row_blocks,
+    step,
+    teacher_ratio,
+)
+from hsd_kernels.statistics import Coefficients, Row
+
+SMALLEST_KL = 1e-5  # nats: below, a KL need not be known to a share of itself
+
+
+def _squared_ulp(raw: Tensor, slope: Tensor) -> Tensor:
+    """Squared distance of a stored number to the next, times the slope of the logits by it."""
+    bits = raw.to(torch.float32).view(torch.int32) & 0x7F80_0000  # its power of two, 0 for 0
+    return (bits.view(torch.float32) * (torch.finfo(raw.dtype).eps * slope)).square()
+
+
+def _relative(of_z: Tensor, of_d: Tensor, z_ulp: Tensor, d_ulp: Tensor, kl: Tensor) -> Tensor:
+    """Squared relative error of a KL (C,) from the factors (C, V) of dz and dd."""
+    squared = of_z.square() * z_ulp + of_d.square() * d_ulp
+    return squared / kl.clamp(min=SMALLEST_KL).square()[:, None]
+
+
+def _of_teacher(
+    spec: RowSpec,
+    logits: ChunkLogits,
+    x: RowInputs,
+    rows: Tensor,
+    c: Coefficients,
+    z_ulp: Tensor,
+    d_ulp: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What the teacher's side adds to the squares of the gradient's and the KLs' errors."""
+    log_p = (logits.z - rows[Row.MAX][:, None]) - rows[Row.LOG_SUM][:, None]
+    if spec.forward_kl or spec.jsd:
+        _, log_q, rho = teacher_ratio(logits, rows, rows[Row.FORWARD_LOG_RATIO])
+    else:
+        rho = _reverse_ratio(logits.z, logits.u, logits.z_minus_u, rows, Row.REVERSE_KL)
+        log_q = log_p - rho
+    p, q, p_minus_q = log_p.exp(), log_q.exp(), mass_difference(log_p, log_q, rho)
+    largest = torch.maximum(-rows[Row.LOG_SUM], -rows[Row.TEACHER_LOG_SUM]).exp()[:, None]
+    # Through D, a column moves all others: by its share, times the norm of theirs.
+    together = (c.forward_kl.abs() + c.jsd.abs()).square() * largest
+    own = (c.reverse_kl.abs() + c.jsd.abs()) * p + c.forward_kl.abs() * q
+    gradient = together * p_minus_q.square() * z_ulp
+    gradient = gradient + (own.square() + together * q.square()) * d_ulp
+    value = torch.zeros_like(gradient)
+    if spec.forward_kl:
+        moved = q * (rho + rows[Row.FORWARD_KL][:, None])
+        value = value + _relative(p_minus_q - moved, moved, z_ulp, d_ulp, rows[Row.FORWARD_KL])
+    if spec.reverse_kl:
+        moved = p * (rho - rows[Row.REVERSE_KL][:, None])
+        of_z = moved - p_minus_q
+        value = value + _relative(of_z, p_minus_q, z_ulp, d_ulp, rows[Row.REVERSE_KL])
+    if spec.jsd:
+        m_over_p, m_over_q = log_mixture_ratio(rho, x)
+        student_kl = rows[Row.MIXTURE_ANCHOR] + rows[Row.MIXTURE_MEAN]
+        teacher_kl = (rows[Row.JSD] - x.jsd_complement * student_kl) / x.jsd_beta
+        of_u = x.jsd_beta * q * (-m_over_q - teacher_kl[:, None])
+        of_z = x.jsd_complement * p * (-m_over_p - student_kl[:, None]) + of_u
+        value = value + _relative(of_z, of_u, z_ulp, d_ulp, rows[Row.JSD])
+    return gradient, value
+
+
+def _reverse_ratio(
+    z: Tensor, other: Tensor | None, difference: Tensor | None, rows: Tensor, kl: Row
+) -> Tensor:
+    """log p - log of the other side, (C, V), from the lines of KL(p || other)."""
+    if other is None:
+        raise RuntimeError("a row without a second side was asked for its ratio")
+    to_other = None if difference is None else -difference
+    e = step(z, rows[Row.MAX], other, to_other, rows[Row(kl + 1)])
+    return (rows[Row(kl + 2)] + rows[kl])[:, None] - e
+
+
+def _row_errors(spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coefficients) -> Tensor:
+    logits = chunk_logits(spec, x)
+    c = Coefficients(*(value[:, None] for value in coefficients))
+    slope = x.inverse_temperature[:, None] * x.logit_scale
+    z_ulp = _squared_ulp(x.student, slope)
+    log_p = (logits.z - rows[Row.MAX][:, None]) - rows[Row.LOG_SUM][:, None]
+    p, gradient = log_p.exp(), span(spec, logits, x, rows, c)
+    error = (gradient.abs() + c.entropy.abs() * p).square() * z_ulp
+    value = torch.zeros_like(error)
+    if x.teacher is not None:
+        d_ulp = _squared_ulp(x.teacher, slope)
+        added, value = _of_teacher(spec, logits, x, rows, c, z_ulp, d_ulp)
+        error = error + added
+    if x.reference is not None:
+        d_ulp = _squared_ulp(x.reference, slope)
+        rho = _reverse_ratio(logits.z, logits.w, logits.z_minus_w, rows, Row.REF_KL)
+        p_minus_r = mass_difference(log_p, log_p - rho, rho)
+        of_z = p * (rho - rows[Row.REF_KL][:, None]) - p_minus_r
+        value = value + _relative(of_z, p_minus_r, z_ulp, d_ulp, rows[Row.REF_KL])
+        error = error + (c.ref_kl * p).square() * d_ulp
+    if x.targets is not None:
+        columns = torch.arange(p.shape[-1], device=p.device)
+        gradient = gradient + torch.where(columns == x.targets[:, None], c.logprob, 0.0)
+    sums = [error * slope.square() / 12, (gradient * slope).square(), value / 12]
+    return torch.stack([each.sum(0) for each in sums])
+
+
+def row_errors(
+    spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coefficients, *, fused: bool
+) -> Tensor:
+    """Expected squares of errors per column, summed over rows, (3, V).
+
+    Of dL/d(raw logits), absolute; dL/d(raw logits) itself; of the KLs, relative to each or to
+    `SMALLEST_KL`. For raw logits of the student and differences, without softcap.
+    """
+    if fused:
+        return compiled(_row_errors, spec)(x, rows, coefficients)
+    errors = torch.zeros((3, x.student.shape[1]), dtype=rows.dtype, device=rows.device)
+    for b, part in row_blocks(x):
+        own = Coefficients(*(c[b] for c in coefficients))
+        errors += _row_errors(spec, part, rows[:, b], own)
+    return errors

@@ -1,0 +1,277 @@
+"""`precision="difference"`: bf16 logits within 1 % of dense fp64, on both backends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_problems import (
+    Arguments,
+    Draw,
+    assert_same_statistics,
+    cast,
+    regime,
+    relative_error,
+    solve,
+    truth,
+)
+
+from hsd_kernels import fused_hsd_loss, plan, precision, vocab_statistics
+from hsd_kernels.rows.compiled import compiler_found
+
+CONTRACT = 1e-2  # gradients and KL, relative norm
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+
+
+def assert_meets_contract(arguments: Arguments, *, backend: str = "cpu"):
+    given = arguments | ({} if backend == "cpu" else {"precision": "difference"})
+    result, expected = solve(given, backend=backend), truth(arguments)
+    assert result.plan.precision == "difference"
+    for name, found in result.gradients.items():
+        assert found.dtype == torch.bfloat16
+        assert relative_error(found, expected.gradients[name]) <= CONTRACT, name
+    large = expected.stats.kl >= 1e-5
+    assert relative_error(result.stats.kl[large], expected.stats.kl[large]) <= CONTRACT
+    return result
+
+
+@pytest.mark.gradient
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("entropy", [0.1, 3.0, 6.0, 11.0])
+@pytest.mark.parametrize("kl", [1e-4, 1e-2, 1.0, 10.0])
+def test_contract(kl, entropy, divergence):
+    for offsets in ((0, 0), (-40, -40)):
+        arguments = cast(regime(kl, entropy, offsets), torch.bfloat16)
+        assert_meets_contract({**arguments, "divergence": divergence})
+
+
+@pytest.mark.gradient
+@pytest.mark.parametrize("entropy", [0.1, 3.0, 6.0])
+@pytest.mark.parametrize("kl", [1e-4, 1e-2, 1.0, 10.0])
+def test_contract_where_the_logits_of_one_side_are_offset(kl, entropy):
+    for offsets in ((40, 0), (0, -40)):
+        assert_meets_contract(cast(regime(kl, entropy, offsets), torch.bfloat16))
+
+
+def test_rounded_logits_are_what_the_contract_saves_from():
+    """Plain bf16 at the same KLs; otherwise the bound would say nothing."""
+    for kl, least in ((1e-4, 0.3), (1e-2, 0.03)):
+        arguments = cast(regime(kl, 3.0, (40, 40)), torch.bfloat16)
+        exact = truth(arguments).gradients
+        rounded = solve(arguments | {"precision": "bf16_logits"}).gradients
+        for name, gradient in rounded.items():
+            assert relative_error(gradient, exact[name]) >= least, (kl, name)
+
+
+CASES = {
+    "token weights": lambda draw: {"token_weights": draw.masked()},
+    "no targets": lambda draw: {"targets": None},
+    "shared reference": lambda draw: {"ref_hidden": draw.states(), "ref_coef": 0.3},
+    "policy gradient": lambda draw: {
+        "advantages": draw.per_token(-1, 1),
+        "old_logprobs": draw.per_token(-6, -2),
+    },
+    "policy gradient, no teacher": lambda draw: {
+        "advantages": draw.per_token(-1, 1),
+        "teacher_hidden": None,
+    },
+    "entropy, temperature, scale": lambda draw: {
+        "entropy_coef": 0.3,
+        "temperature": draw.per_token(0.5, 1.5),
+        "logit_scale": -0.6,
+    },
+    "every set of sides": lambda draw: {
+        "ref_hidden": draw.states(),
+        "ref_coef": 0.3,
+        "divergence": "jsd",
+        "jsd_beta": 0.2,
+        "token_weights": draw.masked(keep=0.9),
+        "kl_weights": draw.masked(),
+        "ref_weights": draw.masked().flip(0),
+        "advantages": draw.per_token(-1, 1),
+    },
+    "padded vocabulary": lambda draw: {"vocab_size": draw.vocab - 5, "targets": draw.targets() % 9},
+}
+
+
+def problem(case: str, **draw: object) -> Arguments:
+    drawn = Draw(**draw)
+    return cast({**drawn.problem(bias=False), **CASES[case](drawn)}, torch.bfloat16)
+
+
+@pytest.mark.gradient
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("case", CASES)
+def test_options(case, backend):
+    arguments = problem(case) | {"backend": backend, "precision": "difference"}
+    if backend == "triton":
+        pytest.importorskip("triton")
+    del arguments["backend"]
+    result, expected = solve(arguments, backend=backend), truth(exact_options(arguments))
+    assert result.plan.precision == "difference"
+    assert result.plan.backend == backend
+    for name, gradient in result.gradients.items():
+        assert relative_error(gradient, expected.gradients[name]) <= CONTRACT, name
+    assert_same_statistics(result.stats, expected.stats, tolerance=3e-2)
+
+
+def exact_options(arguments: Arguments) -> Arguments:
+    return {name: value for name, value in arguments.items() if name != "precision"}
+
+
+@pytest.mark.gradient
+@pytest.mark.parametrize(("kl", "entropy"), [(1e-4, 3.0), (1e-2, 0.1), (10.0, 3.0)])
+def test_contract_on_triton(kl, entropy):
+    pytest.importorskip("triton")
+    arguments = cast(regime(kl, entropy, (40, 40)), torch.bfloat16)
+    assert_meets_contract(arguments, backend="triton")
+
+
+# Refinement
+
+
+def steep(rows: int = 16, vocab: int = 3000) -> Arguments:
+    """A few columns 30 nats above the others, which no probe hits, take turns to be likely."""
+    draw = Draw((rows,), 8, vocab)
+    weight = draw.head()
+    likely = torch.arange(8) * 311 + 41
+    weight[likely] += 9 * torch.eye(8, dtype=torch.float64)
+    student = 2 * draw.states()
+    student[:, :] += 1.5
+    return {
+        "student_hidden": student,
+        "teacher_hidden": student + 0.05 * draw.states(),
+        "weight": weight,
+    }
+
+
+@pytest.mark.gradient
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_columns_are_refined_where_rounding_would_show(backend, monkeypatch):
+    arguments = cast(steep(), torch.bfloat16) | {"precision": "difference"}
+    exact = truth(exact_options(arguments))
+    refined = solve(arguments, backend=backend)
+    assert 0 < refined.plan.refined_columns < 100
+    assert refined.plan.repeated_chunks == 0
+    monkeypatch.setattr(precision, "TOLERANCE", 1.0)
+    rounded = solve(arguments, backend=backend)
+    assert rounded.plan.refined_columns == 0
+    for name, gradient in exact.gradients.items():
+        error = relative_error(refined.gradients[name], gradient)
+        assert error <= CONTRACT
+        assert relative_error(rounded.gradients[name], gradient) > 1.5 * error
+
+
+@pytest.mark.gradient
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_chunk_that_needs_too_many_columns_has_fp32_logits(backend, monkeypatch):
+    """In the memory of the bf16 ones: no row fits there twice as wide, but fewer rows do."""
+    monkeypatch.setattr(precision, "TOLERANCE", 1e-6)
+    arguments = problem("token weights", lead=(40,)) | {"precision": "difference"}
+    row_bytes = 37 * 2 * 2 + 5 * 2 * 4
+    result = solve(arguments | {"max_chunk_bytes": 9 * row_bytes}, backend=backend)
+    assert result.plan.repeated_chunks == result.plan.chunks > 1
+    expected = truth(exact_options(arguments))
+    for name, gradient in result.gradients.items():
+        assert relative_error(gradient, expected.gradients[name]) <= 5e-3, name
+    alone = solve(arguments | {"max_chunk_bytes": row_bytes}, backend=backend)
+    assert alone.plan.repeated_chunks == alone.plan.chunks == alone.plan.rows
+    for name, gradient in alone.gradients.items():
+        assert relative_error(gradient, expected.gradients[name]) <= 5e-3, name
+
+
+def test_identical_sides_have_no_loss_and_no_gradient():
+    given = problem("no targets")
+    given["teacher_hidden"] = given["student_hidden"].clone()
+    for divergence in DIVERGENCES:
+        result = solve(given | {"divergence": divergence})
+        assert result.plan.precision == "difference"
+        assert result.loss == 0
+        assert all(gradient.count_nonzero() == 0 for gradient in result.gradients.values())
+
+
+@pytest.mark.gradient
+def test_sparse_backward_and_accumulator():
+    given = cast(steep(), torch.bfloat16)
+    total = torch.zeros(given["weight"].shape)
+    options = {"sparse_tolerance": 1e-3, "weight_grad_out": total}
+    result, expected = solve(given | options), truth(given)
+    assert result.plan.precision == "difference"
+    assert 0 < result.stats.dropped_mass.sum() <= 1e-3 * result.stats.gradient_mass.sum()
+    assert relative_error(total, expected.gradients["weight"]) <= CONTRACT
+    found = result.gradients["student_hidden"]
+    assert relative_error(found, expected.gradients["student_hidden"]) <= CONTRACT
+
+
+@pytest.mark.gradient
+@pytest.mark.slow
+@pytest.mark.skipif(not compiler_found(), reason="torch.compile finds no C++ compiler")
+def test_compiled():
+    arguments = cast(steep(rows=1500), torch.bfloat16)
+    result, expected = solve(arguments), truth(arguments)
+    assert result.plan.fused
+    assert result.plan.refined_columns > 0
+    for name, gradient in result.gradients.items():
+        assert relative_error(gradient, expected.gradients[name]) <= CONTRACT, name
+
+
+# What it does not combine with
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": torch.zeros(37)},
+        {"teacher_weight": torch.ones(37, 8)},
+        {"logit_softcap": 30.0},
+        {"kl_temperature": 0.7},
+        {"teacher_temperature": 0.7},
+        {"logit_scale": 0.0},
+        {"top_k": 2},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_has_no_difference_form_has_fp32_logits(options):
+    arguments = problem("no targets") | cast(options, torch.bfloat16)
+    result = solve(arguments | {"precision": "difference"})
+    assert result.plan.precision == "fp32_logits"
+    same = solve(arguments | {"precision": "fp32_logits"})
+    for name, gradient in same.gradients.items():
+        assert torch.equal(result.gradients[name], gradient)
+
+
+def test_without_gradients_logits_are_fp32():
+    arguments = problem("token weights")
+    with torch.no_grad():
+        assert fused_hsd_loss(**arguments).plan.precision == "fp32_logits"
+    names = ("student_hidden", "teacher_hidden", "weight", "targets")
+    given = {name: arguments[name] for name in names}
+    found = vocab_statistics(**given, statistics=("forward_kl",)).forward_kl
+    expected = truth(exact_options(arguments)).stats.kl
+    active = arguments["token_weights"] != 0
+    assert relative_error(found[active], expected[active]) <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_other_dtypes_are_refused(dtype):
+    arguments = cast(problem("no targets"), dtype) | {"precision": "difference"}
+    with pytest.raises(ValueError, match=r"precision: found 'difference' with torch\.float"):
+        fused_hsd_loss(**arguments)
+    with pytest.raises(ValueError, match="precision: found 'difference' with backend='reference'"):
+        fused_hsd_loss(**cast(arguments, torch.bfloat16), backend="reference")
+
+
+def test_auto_is_fp32_on_other_backends_and_dtypes():
+    given = problem("no targets")
+    assert solve(given, backend="triton").plan.precision == "fp32_logits"
+    assert solve(cast(given, torch.float16)).plan.precision == "fp32_logits"
+
+
+def test_plan_says_beforehand_what_runs():
+    arguments = problem("no targets", lead=(40,)) | {"max_chunk_bytes": 5_000}
+    result = solve(arguments)
+    options = {"max_chunk_bytes": 5_000, "compiled": compiler_found(), "narrow": True}
+    predicted = plan(40, 8, 37, precision="difference", **options)
+    unknown = {"refined_columns": result.plan.refined_columns, "repeated_chunks": 0}
+    assert vars(result.plan) == vars(predicted) | unknown
+    assert result.plan.chunks > 1
+    assert result.plan.synchronisations == 1 + result.plan.chunks
