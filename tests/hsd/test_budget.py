@@ -30,7 +30,7 @@ from hsd.objective.config import ObjectiveConfig
 from hsd.policy.optimizer import adamw
 from hsd.trainer import sharded_policy, whole_policy
 from hsd_kernels import workspace
-from hsd_kernels.rows import torch_rows
+from hsd_kernels.rows import torch_logits
 
 VOCAB, ROWS = 4000, 320
 CHUNK_BYTES = 3 * 4 * VOCAB * 64
@@ -73,7 +73,7 @@ def scenario(*, world_size: int = 1, **sharding: Any) -> Scenario:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain PyTorch's own arrays, which a compiled loss has not, are out of the way."""
-    monkeypatch.setattr(torch_rows, "_PLAIN_BLOCK_ELEMENTS", VOCAB)
+    monkeypatch.setattr(torch_logits, "_PLAIN_BLOCK_ELEMENTS", VOCAB)
 
 
 @pytest.fixture
