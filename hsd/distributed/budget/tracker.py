@@ -88,7 +88,7 @@ class StepTracker(FakeTensorMode):  # type: ignore[no-untyped-call]
 
     Where the code asks a fake tensor for a value, the answer is that of the largest batch: sizes
     that depend on values are `rows`, numbers are 1 and truth values are true (every response token
-    has weight, all masks are full, norms are finite).
+    has weight, all masks are full, norms are finite); what `~` makes of a truth value is false.
 
     Args:
         rows: response tokens of a micro-batch.
@@ -177,6 +177,9 @@ class StepTracker(FakeTensorMode):  # type: ignore[no-untyped-call]
         finally:
             self._depth -= 1
             self._in_loss -= own
+        negation = func is aten.bitwise_not.default
+        if negation or (func is aten._to_copy.default and hasattr(args[0], "_negated")):
+            result._negated = True  # its value is false
         # Inside other ops run decompositions, whose arrays the real kernels do not have.
         if self._depth == self._in_loss:
             self._see(func, args, kwargs, result)
@@ -195,8 +198,11 @@ class StepTracker(FakeTensorMode):  # type: ignore[no-untyped-call]
     def _answer(self, func: Any, args: Sequence[Any]) -> Any:
         """For what depends on values, which fake tensors have not."""
         if func is aten._local_scalar_dense.default:
+            value = not getattr(args[0], "_negated", False)
             dtype = args[0].dtype
-            return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+            if dtype == torch.bool:
+                return value
+            return float(value) if dtype.is_floating_point else int(value)
         if func is aten.nonzero.default:
             with self:
                 return args[0].new_empty((self.rows, args[0].ndim), dtype=torch.int64)
