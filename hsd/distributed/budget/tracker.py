@@ -179,7 +179,7 @@ class StepTracker(FakeTensorMode):  # type: ignore[no-untyped-call]
             self._in_loss -= own
         negation = func is aten.bitwise_not.default
         if negation or (func is aten._to_copy.default and hasattr(args[0], "_negated")):
-            result._negated = True  # its value is false
+            setattr(result, "_negated", True)  # noqa: B010  # its value is false
         # Inside other ops run decompositions, whose arrays the real kernels do not have.
         if self._depth == self._in_loss:
             self._see(func, args, kwargs, result)
