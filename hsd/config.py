@@ -16,6 +16,7 @@ from hsd.data.task_configs import ArithmeticTask, TaskConfig
 from hsd.distributed.config import ShardingConfig
 from hsd.logs.config import LoggingConfig
 from hsd.objective.config import ObjectiveConfig
+from hsd.policy.adapters import AdapterConfig
 from hsd.recovery import RecoveryConfig
 from hsd.rollout.config import EngineConfig
 
@@ -188,6 +189,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     credit: CreditConfig = field(default_factory=CreditConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
@@ -212,6 +214,8 @@ class Config:
         )
         every, mode = self.credit.every, self.sharding.mode
         require("credit.every", every, every == 0 or mode == "none", "0 with sharding.mode 'full'")
+        rank = self.adapter.rank
+        require("adapter.rank", rank, rank == 0 or mode == "none", "0 with sharding.mode 'full'")
         steps = self.warmup.steps
         require(
             "warmup.steps",

@@ -26,6 +26,7 @@ from hsd.objective.token_loss import (
     TokenLossOptions,
     out_of_range,
 )
+from hsd.policy.adapters import computing_with
 from hsd.policy.head import response_hidden
 from hsd.policy.packing import TrainingRow, merge_equal, micro_batches, without_idle_ends
 from hsd.policy.teachers import Policy
@@ -206,15 +207,17 @@ def _hidden_states(policy: Policy, batch: Sequence[TrainingRow]) -> tuple[Tensor
     others: dict[str, Any] = {"teacher_hidden": None}
     with torch.no_grad():
         if policy.teacher is not None:
-            others["teacher_hidden"] = response_hidden(
-                policy.teacher,
-                [row.teacher_prompt for row in batch],
-                responses,
-                compute_dtype=dtype,
+            with computing_with(policy.teacher, policy.teacher_adapter):
+                others["teacher_hidden"] = response_hidden(
+                    policy.teacher,
+                    [row.teacher_prompt for row in batch],
+                    responses,
+                    compute_dtype=dtype,
+                )
+        with computing_with(policy.initial, policy.initial_adapter):
+            others["ref_hidden"] = response_hidden(
+                policy.initial, student_prompts, responses, compute_dtype=dtype
             )
-        others["ref_hidden"] = response_hidden(
-            policy.initial, student_prompts, responses, compute_dtype=dtype
-        )
     others["ref_weight"] = policy.initial_head.weight
     others["ref_bias"] = policy.initial_head.bias
     others |= _teacher_head(policy)
