@@ -16,7 +16,7 @@ from hsd.data.task_configs import ArithmeticTask, TaskConfig
 from hsd.distributed.config import ShardingConfig
 from hsd.logs.config import LoggingConfig
 from hsd.objective.config import ObjectiveConfig
-from hsd.policy.adapters import AdapterConfig
+from hsd.policy.config import AdapterConfig
 from hsd.recovery import RecoveryConfig
 from hsd.rollout.config import EngineConfig
 

@@ -91,6 +91,7 @@ def step_metrics(
         "engine_gap_max": gap,
         "peak_memory_bytes": memory,
         **_gradient_metrics(config, total),
+        **({"router_aux_loss": total["router_aux"] / weight} if total["router_aux"] else {}),
     }
 
 

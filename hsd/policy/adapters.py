@@ -12,13 +12,13 @@ import copy
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
-from hsd.checks import require
+from hsd.policy.config import AdapterConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,31 +29,8 @@ POLICY, TEACHER, REFERENCE = "policy", "teacher", "reference"
 OFF = "off"
 """In the place of a name: the model's own weights alone."""
 
+_LINEAR = (torch.nn.Linear, Conv1D)
 _BASE = ".base_layer."  # peft's name for the layer that an adapted one wraps
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-    """What is trained instead of all weights; docs/adapters.md.
-
-    Args:
-        rank: of the update of each weight; 0 for no adapter: all weights are trained.
-        alpha: the update is alpha / rank times the product of the two factors.
-        target_modules: ends of names of linear layers, such as "q_proj"; none: all linear layers
-            but the output head.
-    """
-
-    rank: int = 0
-    alpha: float = 32.0
-    target_modules: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        require("adapter.rank", self.rank, self.rank >= 0, "an integer >= 0")
-        require("adapter.alpha", self.alpha, self.alpha > 0, "> 0")
-        for name in ("alpha", "target_modules"):
-            value = getattr(self, name)
-            unset = self.rank > 0 or value == getattr(AdapterConfig, name)
-            require(f"adapter.{name}", value, unset, "adapter.rank beside it")
 
 
 def add_adapter(
@@ -76,9 +53,19 @@ def add_adapter(
     causal: Any = model
     # The loss reads the head's weight, and a tied embedding is the head: neither can be adapted.
     heads = (causal.get_input_embeddings(), causal.get_output_embeddings())
-    chosen = list(config.target_modules) or "all-linear"
+    # An average is beside what it averages. By default not peft's "all-linear", which takes in
+    # experts and routers, whose weights are no layers.
+    targets = (
+        list(_adapted_layers(model))
+        or list(config.target_modules)
+        or [
+            name
+            for name, module in causal.named_modules()
+            if isinstance(module, _LINEAR) and module not in heads
+        ]
+    )
     options: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": 0.0}
-    lora = LoraConfig(target_modules=chosen, **options)
+    lora = LoraConfig(target_modules=targets, **options)
     causal.requires_grad_(False)
     try:
         with torch.random.fork_rng(), warnings.catch_warnings():
@@ -86,12 +73,14 @@ def add_adapter(
             # Several adapters are meant; of GPT-2's layers, peft says what it does about them.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`|fan_in_fan")
             inject_adapter_in_model(lora, causal, adapter_name=name)
-    except ValueError as error:
-        raise ValueError(f"adapter.target_modules: found {chosen}: {error}") from None
-    if heads != (causal.get_input_embeddings(), causal.get_output_embeddings()):
+    except (ValueError, RuntimeError) as error:
+        chosen = list(config.target_modules) or "none"
+        raise ValueError(f"adapter.target_modules: found {chosen} ({error})") from None
+    adapted = [each.get_base_layer() for each in _adapted_layers(model).values()]
+    if any(each in heads or not isinstance(each, _LINEAR) for each in adapted):
         raise ValueError(
-            f"adapter.target_modules: found {chosen} with the embedding or the output head among "
-            "them, expected linear layers between the two"
+            f"adapter.target_modules: found {list(config.target_modules)}, expected linear layers "
+            "between the embedding and the output head alone"
         )
 
 

@@ -19,12 +19,13 @@ from hsd.policy.adapters import (
     POLICY,
     REFERENCE,
     TEACHER,
-    AdapterConfig,
     add_average,
     has_adapters,
     move_adapter,
 )
+from hsd.policy.config import AdapterConfig
 from hsd.policy.head import OutputHead, output_head
+from hsd.policy.router import router_coefficient
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +46,7 @@ class Policy:
     initial: PreTrainedModel  # the reference: pi_0, or what it was refreshed to
     initial_head: OutputHead
     compute_dtype: torch.dtype
+    router_coef: float = 0.0  # of the load-balancing loss
     teacher_adapter: str = POLICY
     initial_adapter: str = POLICY
 
@@ -81,6 +83,7 @@ def make_policy(
         initial=initial,
         initial_head=_head(initial),
         compute_dtype=compute_dtype,
+        router_coef=router_coefficient(model, objective.router_aux_coef),
     )
 
 
@@ -113,6 +116,7 @@ def make_adapted_policy(
         initial=model,
         initial_head=head,
         compute_dtype=compute_dtype,
+        router_coef=router_coefficient(model, objective.router_aux_coef),
         teacher_adapter=teacher_adapter,
         initial_adapter=initial_adapter,
     )

@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from hsd.config import Config, ModelConfig, ObjectiveConfig
 from hsd.distributed.config import ShardingConfig
+from hsd.distributed.fsdp import whole_weights
 from hsd.distributed.process import World
 from hsd.metrics import read_json_lines
 from hsd.objective import step
@@ -27,11 +28,11 @@ from hsd.policy.adapters import (
     POLICY,
     REFERENCE,
     TEACHER,
-    AdapterConfig,
     add_adapter,
     computing_with,
     merged,
 )
+from hsd.policy.config import AdapterConfig
 from hsd.policy.optimizer import adamw, clipped_step
 from hsd.policy.packing import TrainingRow
 from hsd.policy.teachers import Policy, after_update
@@ -270,6 +271,25 @@ def test_what_cannot_be_adapted_is_named(
         AdapterConfig(alpha=8.0)
     with pytest.raises(ValueError, match=r"adapter\.rank: found 3, expected 0 with sharding"):
         Config(adapter=ADAPTER, sharding=ShardingConfig(mode="full"))
+
+
+def test_of_a_mixture_of_experts_attention_is_adapted(tmp_path: Path) -> None:
+    def make() -> Any:
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2}
+        shape = Qwen3MoeConfig(vocab_size=260, **sizes, **heads, **experts)
+        return AutoModelForCausalLM.from_config(shape).eval()
+
+    policy = adapted(make())
+    trained = {n for n, p in policy.model.named_parameters() if p.requires_grad}
+    assert trained and all(".self_attn." in name for name in trained)
+    policy.model.save_pretrained(tmp_path, state_dict=whole_weights(policy.model, keep=True))
+    read = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(read), logits(policy.model), atol=1e-4, rtol=1e-4)
+    for modules in (("gate_proj",), ("experts",), ("gate",)):
+        with pytest.raises(ValueError, match=r"adapter\.target_modules: found"):
+            add_adapter(make(), AdapterConfig(rank=1, target_modules=modules), seed=0)
 
 
 def test_target_modules_are_ends_of_names(make_model: MakeModel) -> None:
