@@ -16,6 +16,7 @@ from hsd.data.task_configs import ArithmeticTask, TaskConfig
 from hsd.distributed.config import ShardingConfig
 from hsd.logs.config import LoggingConfig
 from hsd.objective.config import ObjectiveConfig
+from hsd.policy.config import AdapterConfig
 from hsd.recovery import RecoveryConfig
 from hsd.rollout.config import EngineConfig
 
@@ -66,12 +67,15 @@ class RolloutConfig:
     Args:
         questions_per_step: Q, over all ranks.
         sampling_rounds: most rounds of sampling to fill a step with Q groups that pass
-            objective.group_filter.
+            objective.group_filter and max_policy_age.
         group_size: G rollouts per question.
         max_new_tokens: rollouts that reach it are cut, and stay in the loss.
         temperature: of sampling, > 0.
         top_p: nucleus; below 1 a peer is no exact sample of the policy.
         batch_rows: rollouts that are generated at one time.
+        max_policy_age: most optimiser updates between the weights that sampled a group and those
+            that the step starts from; a group with an older rollout is left out of the loss, and
+            counted. None for no limit.
     """
 
     questions_per_step: int = 8
@@ -81,11 +85,14 @@ class RolloutConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     batch_rows: int = 256
+    max_policy_age: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("questions_per_step", "sampling_rounds", "max_new_tokens", "batch_rows"):
             require(f"rollout.{name}", getattr(self, name), getattr(self, name) >= 1, ">= 1")
         require("rollout.group_size", self.group_size, self.group_size >= 2, ">= 2, or no peers")
+        age = self.max_policy_age
+        require("rollout.max_policy_age", age, age is None or age >= 0, ">= 0 or none")
         require("rollout.temperature", self.temperature, self.temperature > 0, "> 0")
         require("rollout.top_p", self.top_p, 0 < self.top_p <= 1, "0 < top_p <= 1")
 
@@ -188,6 +195,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     credit: CreditConfig = field(default_factory=CreditConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
@@ -203,15 +211,17 @@ class Config:
         """Raises where an option is set that the rest of the configuration does not read."""
         objective, rollout, context = self.objective, self.rollout, self.context
         rounds = rollout.sampling_rounds
-        filtered = objective.group_filter != "all"
+        filtered = objective.group_filter != "all" or rollout.max_policy_age is not None
         require(
             "rollout.sampling_rounds",
             rounds,
             rounds == 1 or filtered,
-            "1 without objective.group_filter",
+            "1 without objective.group_filter or rollout.max_policy_age",
         )
         every, mode = self.credit.every, self.sharding.mode
         require("credit.every", every, every == 0 or mode == "none", "0 with sharding.mode 'full'")
+        rank = self.adapter.rank
+        require("adapter.rank", rank, rank == 0 or mode == "none", "0 with sharding.mode 'full'")
         steps = self.warmup.steps
         require(
             "warmup.steps",

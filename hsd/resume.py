@@ -124,13 +124,14 @@ def _evaluation(correct: Any, majority: Any) -> Evaluation:
 def tensors_of(trainer: Trainer) -> dict[str, Any]:
     """Weights, optimiser states, reference and teacher, by name; sharded where they are.
 
+    Where adapters make one model of them, its weights are all.
+
     An optimiser that has taken no step has no states; asking for them would take one.
     """
     policy = trainer.policy
-    found: dict[str, Any] = {
-        "model": _weights(policy.model),
-        "reference": _weights(policy.initial),
-    }
+    found: dict[str, Any] = {"model": _weights(policy.model)}
+    if policy.initial is not policy.model:
+        found["reference"] = _weights(policy.initial)
     if policy.teacher is not None and policy.teacher not in (policy.model, policy.initial):
         found["teacher"] = _weights(policy.teacher)
     if trainer.optimizer.state:

@@ -135,7 +135,7 @@ class RunFolder:
         """Replaces the checkpoint, a directory for transformers' from_pretrained.
 
         Args:
-            weights: of a sharded model, whole.
+            weights: of a sharded model, whole; of an adapted one, merged.
         """
         save_policy(model, tokenizer, self.path / "checkpoint", weights)
 

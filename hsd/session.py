@@ -15,6 +15,7 @@ from hsd.launch import Launch
 from hsd.logs.completions import completion_rows, completions_table
 from hsd.metrics import sample_table
 from hsd.objective.batch import JudgedRollout
+from hsd.policy.adapters import has_adapters
 from hsd.resume import Position, Questions, own_state, shared_state, tensors_of
 from hsd.rollout.groups import Group
 from hsd.run import RunFolder
@@ -55,7 +56,9 @@ class Session:
         """The weights as they are now, for from_pretrained; every rank takes part if sharded."""
         trainer = self.trainer
         model = trainer.policy.model
-        weights = whole_weights(model, keep=trainer.world.is_main) if is_sharded(model) else None
+        weights = None
+        if is_sharded(model) or has_adapters(model):
+            weights = whole_weights(model, keep=trainer.world.is_main)
         if self.run:
             self.run.checkpoint(model, trainer.tokenizer, weights)
 

@@ -19,12 +19,13 @@ from hsd.data.tasks import Task, load_task
 from hsd.data.verify.pool import VerifierPool
 from hsd.distributed.load import load_sharded
 from hsd.distributed.process import World, sharding_device, sharding_mesh
+from hsd.policy.adapters import add_adapter
 from hsd.policy.head import output_head
 from hsd.policy.layers import checkpoint_activations, compile_layers
 from hsd.policy.load import load_policy, load_tokenizer, policy_directory
 from hsd.policy.optimizer import adamw
 from hsd.policy.precision import compute_dtype
-from hsd.policy.teachers import Policy, make_policy
+from hsd.policy.teachers import Policy, make_adapted_policy, make_policy
 from hsd.rollout.engines import check_engine, make_engine
 from hsd.rollout.protocol import RolloutEngine, Sampling
 from hsd.rollout.replay import Replay
@@ -168,8 +169,15 @@ def whole_policy(
     dtype: torch.dtype,
     copy_of: Callable[[PreTrainedModel, bool], PreTrainedModel] | None = None,
 ) -> Policy:
-    """A policy that is whole on each rank, with copies as `make_policy` makes them."""
-    policy = make_policy(model, config.objective, compute_dtype=dtype, copy_of=copy_of)
+    """A policy that is whole on each rank, with copies as `make_policy` makes them.
+
+    With `config.adapter` there are none.
+    """
+    if config.adapter.rank:
+        add_adapter(model, config.adapter, seed=config.seed)
+        policy = make_adapted_policy(model, config.adapter, config.objective, compute_dtype=dtype)
+    else:
+        policy = make_policy(model, config.objective, compute_dtype=dtype, copy_of=copy_of)
     # After the copies were made: they keep nothing for a backward.
     if config.sharding.activation_checkpointing:
         checkpoint_activations(model)

@@ -31,6 +31,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from hsd.distributed.config import ShardingConfig
+from hsd.policy.adapters import merged
 from hsd.policy.head import base_hidden
 from hsd.policy.layers import checkpoint_activations, compile_layers, decoder_layers
 
@@ -142,8 +143,11 @@ def head_gradient(model: PreTrainedModel) -> Tensor | None:
 
 
 def full_parameters(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) of each parameter, one at a time; every rank must go through all."""
-    for name, parameter in model.named_parameters():
+    """(name, whole tensor) of each parameter, one at a time; every rank must go through all.
+
+    Adapters are merged into the weights that they adapt.
+    """
+    for name, parameter in merged(model, model.named_parameters()):
         whole = parameter.detach()
         yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole
 

@@ -84,11 +84,13 @@ class World:
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Sums gradients over the ranks: the losses already hold the global normaliser.
 
-        Every rank takes part for every parameter; one without a gradient adds zero.
+        Every rank takes part for every trained parameter; one without a gradient adds zero.
         """
         if self.size == 1:
             return
         for parameter in parameters:
+            if not parameter.requires_grad:
+                continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)

@@ -41,6 +41,8 @@ class ObjectiveConfig:
         ref_refresh_every: updates between two moves of the reference toward the policy; 0 for none.
         ref_refresh_decay: what a move leaves of the reference as it was.
         pg_coef: factor of the policy gradient.
+        router_aux_coef: factor of the load-balancing loss of a mixture of experts; None for the
+            model's own (docs/experts.md), 0 for none.
         normalisation: "sequence" as published: mean over a rollout's tokens, its group, the
             questions; "token": over a group's tokens, the questions; "token_global": over the
             step's tokens; "constant": as "sequence" with rollout.max_new_tokens for the length.
@@ -73,6 +75,7 @@ class ObjectiveConfig:
     ref_refresh_every: int = 0
     ref_refresh_decay: float = 0.99
     pg_coef: Scalar = 1.0
+    router_aux_coef: float | None = None
     normalisation: Literal["sequence", "token", "token_global", "constant"] = "sequence"
     window: int | Literal["none"] = "none"
     importance_cap: float | Literal["none"] = "none"
@@ -108,6 +111,8 @@ class ObjectiveConfig:
             require(f"objective.{name}", bound, bound == "none" or bound >= 1, ">= 1 or none")
         chunk = self.max_chunk_bytes
         require("objective.max_chunk_bytes", chunk, chunk is None or chunk >= 1, ">= 1")
+        router = self.router_aux_coef
+        require("objective.router_aux_coef", router, router is None or router >= 0, ">= 0 or none")
         self._require_applicable()
 
     def _require_applicable(self) -> None:

@@ -13,7 +13,7 @@ from hsd.distributed.process import World
 from hsd.objective.batch import JudgedRollout
 from hsd.objective.schedule import value_at
 from hsd.objective.step import SUMS
-from hsd.rollout.groups import Group
+from hsd.rollout.groups import Group, too_old
 from hsd.scores import repetition
 
 
@@ -57,6 +57,7 @@ def step_metrics(
             sum(outcome.context_length is not None for outcome in outcomes),
             sum(outcome.context_length or 0 for outcome in outcomes),
             sum(repetition(rollout.token_ids) for rollout in rollouts),
+            sum(len(group.rollouts) for group in groups if too_old(group, config)),
         ],
         dtype=torch.float64,
     )
@@ -65,7 +66,9 @@ def step_metrics(
     largest[:, world.rank] = torch.tensor([largest_gap, peak_memory()], dtype=torch.float64)
     gap, memory = world.sum_(largest).amax(1).tolist()
     total = dict(zip(SUMS, world.sum_(sums).tolist(), strict=True))
-    count, correct, kept, with_peer, covered, tokens, cut, *contexts, repeated = counts.tolist()
+    count, correct, kept, with_peer, covered, tokens, cut, *contexts, repeated, old = (
+        counts.tolist()
+    )
     truncated, truncated_tokens, removed, taught, context_tokens = contexts
     weight, trained = max(total["weight"], 1e-30), max(total["tokens"], 1.0)
     return {
@@ -91,6 +94,8 @@ def step_metrics(
         "engine_gap_max": gap,
         "peak_memory_bytes": memory,
         **_gradient_metrics(config, total),
+        **({} if config.rollout.max_policy_age is None else {"too_old_rollouts": old}),
+        **({"router_aux_loss": total["router_aux"] / weight} if total["router_aux"] else {}),
     }
 
 

@@ -26,7 +26,8 @@ from hsd.objective.token_loss import (
     TokenLossOptions,
     out_of_range,
 )
-from hsd.policy.head import response_hidden
+from hsd.policy.adapters import computing_with
+from hsd.policy.head import response_hidden, routed_hidden
 from hsd.policy.packing import TrainingRow, merge_equal, micro_batches, without_idle_ends
 from hsd.policy.teachers import Policy
 from hsd_kernels import fused_hsd_loss
@@ -43,6 +44,7 @@ SUMS = (
     "distilled_weight",
     "distilled_tokens",
     "clipped",
+    "router_aux",
 )
 """What `accumulate_gradients` sums: per-token means come from dividing by weights or tokens."""
 
@@ -99,7 +101,7 @@ def _micro_batch(
     temperature: float,
     step: int,
 ) -> tuple[Tensor, float]:
-    student_hidden, others = _hidden_states(policy, batch)
+    student_hidden, balance, others = _hidden_states(policy, batch)
     device = student_hidden.device
     weights = torch.tensor([w for row in batch for w in row.weights], device=device)
     engine = torch.tensor([value for row in batch for value in row.logprobs], device=device)
@@ -161,7 +163,11 @@ def _micro_batch(
         **terms,
         **gradient.arguments,
     )
-    out.loss.backward()  # type: ignore[no-untyped-call]
+    # A sequence is as heavy in it as in the rest of the loss: no split and no merging changes that.
+    shares = torch.tensor([sum(row.weights) for row in batch], device=device)
+    router_aux = shares.new_zeros(()) if balance is None else (shares * balance).sum()
+    total = out.loss + policy.router_coef * router_aux
+    total.backward()  # type: ignore[no-untyped-call]
 
     stats = out.stats
     computed = stats.computed
@@ -170,7 +176,7 @@ def _micro_batch(
     clipped = gradient.clipped
     if clipped is None:
         clipped = out_of_range(torch.exp(logprob - engine), advantages, objective.clip_range)
-    loss = out.loss.detach().double()
+    loss = total.detach().double()
     if gradient.constant is not None:
         loss = loss + pg_coef * (weights * gradient.constant).double().sum()
     taught = taught & computed
@@ -187,6 +193,7 @@ def _micro_batch(
             weights[taught].double().sum(),
             taught.double().sum(),
             clipped[computed].double().sum(),
+            router_aux.detach().double(),
         ]
     )
     return sums.cpu(), float(gap.max()) if len(gap) else 0.0
@@ -198,28 +205,41 @@ def _distilled(policy: Policy, row: TrainingRow) -> Sequence[bool]:
     return [True] * len(row.response) if row.distilled is None else row.distilled
 
 
-def _hidden_states(policy: Policy, batch: Sequence[TrainingRow]) -> tuple[Tensor, dict[str, Any]]:
-    """(N, D) of the policy; and those of teacher and reference with their heads, as arguments."""
+def _hidden_states(
+    policy: Policy, batch: Sequence[TrainingRow]
+) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    """(N, D) of the policy, and (B,) what `routed_hidden` gives beside it.
+
+    And those of teacher and reference with their heads, as arguments.
+    """
     responses = [row.response for row in batch]
     student_prompts = [row.student_prompt for row in batch]
     dtype = policy.compute_dtype
     others: dict[str, Any] = {"teacher_hidden": None}
     with torch.no_grad():
         if policy.teacher is not None:
-            others["teacher_hidden"] = response_hidden(
-                policy.teacher,
-                [row.teacher_prompt for row in batch],
-                responses,
-                compute_dtype=dtype,
+            with computing_with(policy.teacher, policy.teacher_adapter):
+                others["teacher_hidden"] = response_hidden(
+                    policy.teacher,
+                    [row.teacher_prompt for row in batch],
+                    responses,
+                    compute_dtype=dtype,
+                )
+        with computing_with(policy.initial, policy.initial_adapter):
+            others["ref_hidden"] = response_hidden(
+                policy.initial, student_prompts, responses, compute_dtype=dtype
             )
-        others["ref_hidden"] = response_hidden(
-            policy.initial, student_prompts, responses, compute_dtype=dtype
-        )
     others["ref_weight"] = policy.initial_head.weight
     others["ref_bias"] = policy.initial_head.bias
     others |= _teacher_head(policy)
-    student = response_hidden(policy.model, student_prompts, responses, compute_dtype=dtype)
-    return student, others
+    student, balance = routed_hidden(
+        policy.model,
+        student_prompts,
+        responses,
+        compute_dtype=dtype,
+        balance=policy.router_coef != 0,
+    )
+    return student, balance, others
 
 
 def _teacher_head(policy: Policy) -> dict[str, Any]:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from hsd.policy.packing import pad_right
+from hsd.policy.router import balance_losses
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import PreTrainedModel
+
+
+BaseOutput: TypeAlias = tuple[Tensor, tuple[Tensor, ...]]
+"""Hidden states, and the router logits of each layer that has experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,19 +87,26 @@ def _check(model: PreTrainedModel, head: OutputHead) -> None:
 
 def last_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """(B, L, D) last hidden states, after the final norm, of ids (B, L) and mask (B, L)."""
+    return _last_hidden(model, ids, mask, routed=False)[0]
+
+
+def _last_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor, *, routed: bool) -> BaseOutput:
     if isinstance(model, FSDPModule):
         sharded: Any = model
-        hidden: Tensor = sharded.sharded_hidden(ids, mask)
-        return hidden
-    return base_hidden(model, ids, mask)
+        found: BaseOutput = sharded.sharded_hidden(ids, mask, routed=routed)
+        return found
+    return base_hidden(model, ids, mask, routed=routed)
 
 
-def base_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """`last_hidden`, past the hooks of a sharded model's root."""
-    hidden: Tensor = model.base_model(
-        input_ids=ids, attention_mask=mask, use_cache=False
-    ).last_hidden_state
-    return hidden
+def base_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor, *, routed: bool) -> BaseOutput:
+    """`last_hidden`, past the hooks of a sharded model's root; and (B * L, E) router logits.
+
+    Args:
+        routed: whether the logits of each layer of experts are asked for.
+    """
+    options = {"output_router_logits": True} if routed else {}
+    out: Any = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **options)
+    return out.last_hidden_state, tuple(out.router_logits) if routed else ()
 
 
 def response_hidden(
@@ -110,6 +122,18 @@ def response_hidden(
         (sum of response lengths, D) in the dtype of the head: float32, or the compute dtype where
         a sharded model has it gathered.
     """
+    return routed_hidden(model, prompts, responses, compute_dtype=compute_dtype, balance=False)[0]
+
+
+def routed_hidden(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    compute_dtype: torch.dtype,
+    balance: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`response_hidden`, and if asked for the (B,) load-balancing loss of each sequence."""
     causal: Any = model
     weight: Tensor = causal.get_output_embeddings().weight
     device = weight.device
@@ -121,5 +145,6 @@ def response_hidden(
     predicting = (position >= start) & (position < start + length)
     # The weights of a sharded model are in the compute dtype already.
     with torch.autocast(device.type, compute_dtype, enabled=compute_dtype != weight.dtype):
-        hidden = last_hidden(model, ids, mask)
-    return hidden[predicting].to(weight.dtype)
+        hidden, router_logits = _last_hidden(model, ids, mask, routed=balance)
+    losses = balance_losses(router_logits, mask, model.config) if balance else None
+    return hidden[predicting].to(weight.dtype), losses

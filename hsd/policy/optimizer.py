@@ -20,11 +20,13 @@ def adamw(
     """The paper's: betas .9 and .95, eps 1e-8, no weight decay.
 
     Args:
+        parameters: those that need no gradient are left out.
         on_host: states in host memory, and the step there.
     """
     kind = HostAdamW if on_host else torch.optim.AdamW
+    trained = [each for each in parameters if each.requires_grad]
     return kind(
-        parameters, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True
+        trained, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True
     )
 
 

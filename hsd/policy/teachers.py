@@ -1,4 +1,7 @@
-"""The models beside the policy: whose weights teach, and where the reference KL pulls to."""
+"""The models beside the policy: whose weights teach, and where the reference KL pulls to.
+
+Of a policy with adapters they are the policy itself, computing with other adapters or with none.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,18 @@ import torch
 
 from hsd.distributed.fsdp import gathered_heads, local_part
 from hsd.objective.config import ObjectiveConfig
+from hsd.policy.adapters import (
+    OFF,
+    POLICY,
+    REFERENCE,
+    TEACHER,
+    add_average,
+    has_adapters,
+    move_adapter,
+)
+from hsd.policy.config import AdapterConfig
 from hsd.policy.head import OutputHead, output_head
+from hsd.policy.router import router_coefficient
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,7 +33,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What the loss needs of the models. Weights are float32, those of the averages too."""
+    """What the loss needs of the models. Weights are float32, those of the averages too.
+
+    `teacher_adapter` and `initial_adapter` are what those two compute with, where all three are one
+    adapted model; `computing_with` switches to them.
+    """
 
     model: PreTrainedModel
     head: OutputHead
@@ -28,6 +46,9 @@ class Policy:
     initial: PreTrainedModel  # the reference: pi_0, or what it was refreshed to
     initial_head: OutputHead
     compute_dtype: torch.dtype
+    router_coef: float = 0.0  # of the load-balancing loss
+    teacher_adapter: str = POLICY
+    initial_adapter: str = POLICY
 
 
 def make_policy(
@@ -62,6 +83,42 @@ def make_policy(
         initial=initial,
         initial_head=_head(initial),
         compute_dtype=compute_dtype,
+        router_coef=router_coefficient(model, objective.router_aux_coef),
+    )
+
+
+def make_adapted_policy(
+    model: PreTrainedModel,
+    adapter: AdapterConfig,
+    objective: ObjectiveConfig,
+    *,
+    compute_dtype: torch.dtype,
+) -> Policy:
+    """One model with an adapter as the policy, its teacher and its reference.
+
+    Args:
+        model: with an adapter by `add_adapter`; what an objective moves is an adapter beside it.
+    """
+    head = _head(model)
+    initial_adapter = OFF
+    if _refreshed(objective):
+        initial_adapter = REFERENCE
+        add_average(model, adapter, REFERENCE)
+    teacher_adapter = {"live": POLICY, "ema": TEACHER}.get(objective.teacher, OFF)
+    if teacher_adapter == TEACHER:
+        add_average(model, adapter, TEACHER)
+    taught = objective.teacher != "none"
+    return Policy(
+        model=model,
+        head=head,
+        teacher=model if taught else None,
+        teacher_head=head if taught else None,
+        initial=model,
+        initial_head=head,
+        compute_dtype=compute_dtype,
+        router_coef=router_coefficient(model, objective.router_aux_coef),
+        teacher_adapter=teacher_adapter,
+        initial_adapter=initial_adapter,
     )
 
 
@@ -71,10 +128,16 @@ def after_update(policy: Policy, objective: ObjectiveConfig, *, updates: int) ->
     Args:
         updates: optimiser updates that are done, from 1.
     """
+    moves = []
     if objective.teacher == "ema" and policy.teacher is not None:
-        move_toward(policy.teacher, policy.model, decay=objective.teacher_decay)
+        moves.append((policy.teacher, policy.teacher_adapter, objective.teacher_decay))
     if _refreshed(objective) and updates % objective.ref_refresh_every == 0:
-        move_toward(policy.initial, policy.model, decay=objective.ref_refresh_decay)
+        moves.append((policy.initial, policy.initial_adapter, objective.ref_refresh_decay))
+    for average, adapter, decay in moves:
+        if has_adapters(policy.model):
+            move_adapter(policy.model, adapter, decay=decay)
+        else:
+            move_toward(average, policy.model, decay=decay)
 
 
 @torch.no_grad()

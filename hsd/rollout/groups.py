@@ -94,7 +94,8 @@ class GroupSampler:
             sampled = self._judged(self.world.share(questions), step)
             flags = torch.zeros(len(questions), dtype=torch.int64)
             flags[self.world.rank :: self.world.size] = torch.tensor(
-                [passes(group.rewards) for group in sampled], dtype=torch.int64
+                [passes(group.rewards) and not too_old(group, self.config) for group in sampled],
+                dtype=torch.int64,
             )
             places = self.world.sum_(flags).cumsum(0) + kept - 1
             for position, group in enumerate(sampled):
@@ -126,6 +127,17 @@ class GroupSampler:
             )
             for question, group, own in zip(questions, sampled, texts, strict=True)
         ]
+
+
+def too_old(group: Group, config: Config) -> bool:
+    """Whether weights sampled a rollout that are more than rollout.max_policy_age updates behind.
+
+    An engine counts its weights by steps. The group goes as a whole: its advantages and peers are
+    between rollouts of one policy.
+    """
+    oldest = min(rollout.policy_version for rollout in group.rollouts)
+    limit = config.rollout.max_policy_age
+    return limit is not None and (group.step - oldest) * config.optimizer.updates_per_step > limit
 
 
 def step_totals(groups: Sequence[Group], config: Config, world: World) -> StepTotals:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from hsd.distributed.fsdp import full_parameters
+from hsd.policy.adapters import copy_without_adapters
 from hsd.rollout.protocol import Rollout, Sampling, stop_token_ids
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class HfEngine:
         compute_dtype: torch.dtype,
         batch_rows: int,
     ) -> None:
-        own: Any = copy.deepcopy(model)
+        own: Any = copy_without_adapters(model)
         self._model: Any = own.to(compute_dtype).requires_grad_(False)
         self._stop_ids = frozenset(stop_token_ids(model, tokenizer))
         self._batch_rows = batch_rows

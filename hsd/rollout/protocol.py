@@ -35,7 +35,7 @@ class Rollout:
         logprobs: nats, of each token under the policy at the sampling temperature, before top_p.
         loss_mask: tokens that the policy chose; false for a tool's or an environment's.
         finish_reason: "stop" at an end-of-sequence token, "length" where it was cut.
-        policy_version: optimiser updates of the weights that sampled it.
+        policy_version: steps of training of the weights that sampled it.
     """
 
     token_ids: tuple[int, ...]
@@ -64,7 +64,7 @@ class RolloutEngine(Protocol):
         ...
 
     def update_weights(self, model: PreTrainedModel, *, version: int) -> None:
-        """Takes the policy's weights after `version` optimiser updates, and wakes the engine."""
+        """Takes the policy's weights after `version` steps of training, and wakes the engine."""
         ...
 
     def sleep(self) -> None:

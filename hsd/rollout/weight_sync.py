@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hsd.distributed.process import World
+from hsd.policy.adapters import merged
 from hsd.policy.load import write_directory
 from hsd.rollout.server_process import free_port
 
@@ -90,10 +91,12 @@ class WeightFiles:
 def full_state(model: PreTrainedModel, dtype: torch.dtype, *, keep: bool) -> dict[str, Tensor]:
     """The whole tensors of a model by name, in host memory, floating-point ones in `dtype`.
 
+    Adapters are merged into the weights that they adapt.
+
     Gathering a sharded model is a collective: every rank must call it, also one that keeps nothing.
     """
     state = {}
-    for name, value in model.state_dict().items():
+    for name, value in merged(model, model.state_dict().items()):
         whole = _whole(value, dtype)
         if keep:
             state[name] = whole.cpu()
@@ -170,9 +173,9 @@ class _Source:
 
         return [
             ParamMeta(name, self._dtype, tuple(value.shape))
-            for name, value in self._model.named_parameters()
+            for name, value in merged(self._model, self._model.named_parameters())
         ]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name, value in self._model.named_parameters():
+        for name, value in merged(self._model, self._model.named_parameters()):
             yield name, _whole(value, self._dtype)

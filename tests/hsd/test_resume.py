@@ -98,13 +98,18 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], Non
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "kind"),
-    [(signal.SIGTERM, 143, "llama"), (signal.SIGINT, 130, "llama-tied")],
+    ("number", "code", "kind", "rank"),
+    [
+        (signal.SIGTERM, 143, "llama", 0),
+        (signal.SIGINT, 130, "llama-tied", 0),
+        (signal.SIGTERM, 143, "llama-tied", 2),
+    ],
 )
 def test_a_signal_ends_the_step_and_the_run_resumes_bit_by_bit(
     number: signal.Signals,
     code: int,
     kind: str,
+    rank: int,
     go: Go,
     run_hsd: RunHsd,
     make_model: Callable[..., Any],
@@ -117,13 +122,13 @@ def test_a_signal_ends_the_step_and_the_run_resumes_bit_by_bit(
     model = {"name": str(tmp_path / "model")}
     with monkeypatch.context() as patch:
         at_step(patch, 1, lambda: os.kill(os.getpid(), number))
-        status, run = go(checkpoint_every=0, model=model)
+        status, run = go(checkpoint_every=0, model=model, adapter={"rank": rank})
     assert status == code
     assert [step for step, _ in whole_checkpoints(run / "resume")] == [2]
     assert weights(run)
     assert run_hsd("train", "--resume", run) == 0
     assert not (run / "resume").exists()
-    assert_same_run(run, go(name="whole", model=model)[1])
+    assert_same_run(run, go(name="whole", model=model, adapter={"rank": rank})[1])
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

@@ -303,7 +303,7 @@ def test_sums_are_those_of_the_dense_loss(
     found.pop("teacher_agrees")
     assert found.pop("distilled_weight") == pytest.approx(expected["weight"])
     assert found.pop("distilled_tokens") == expected["tokens"]
-    assert found.pop("clipped") == 0
+    assert found.pop("clipped") == found.pop("router_aux") == 0
     assert found == pytest.approx(expected, rel=1e-4)
 
 

@@ -98,7 +98,7 @@ def scenario_of(config: Config, arguments: BudgetArguments) -> Scenario:
     """What a recipe and the arguments ask to simulate.
 
     Raises:
-        ValueError: an argument out of range, or no such model.
+        ValueError: an argument out of range, no such model, or what cannot be simulated.
     """
     response = arguments.response_tokens
     response = config.rollout.max_new_tokens if response is None else response
@@ -111,6 +111,9 @@ def scenario_of(config: Config, arguments: BudgetArguments) -> Scenario:
     for name, value in numbers.items():
         if value < 1:
             raise ValueError(f"--{name}: found {value}, expected >= 1")
+    if config.adapter.rank:
+        found = f"adapter.rank: found {config.adapter.rank}, expected 0"
+        raise ValueError(f"{found}: a budget is of a run that trains all weights")
     context, peers = config.context, config.peers
     peer_tokens = peers.count * context.peer_token_budget if context.show_peer else 0
     return Scenario(

@@ -1,4 +1,4 @@
-"""What the ranks of test_sharded.py solve, and how a head is cut for them."""
+"""What the ranks of test_sharded.py solve, and how a head or a sequence is cut for them."""
 
 from __future__ import annotations
 
@@ -42,3 +42,19 @@ def shard(given: dict[str, Any], sizes: list[int], rank: int) -> dict[str, Any]:
     own = slice(end - sizes[rank], end)
     heads = ("weight", "bias", "ref_weight")
     return {name: value[own] if name in heads else value for name, value in given.items()}
+
+
+def own_tokens(size: int, rank: int) -> torch.Tensor:
+    """Of a sequence of 11, those of a rank as context parallelism deals them out: two pieces, one
+    from each half, so that every rank attends to as much."""
+    pieces = torch.arange(11).tensor_split(2 * size)
+    return torch.cat([pieces[rank], pieces[2 * size - 1 - rank]])
+
+
+def part_of_sequence(given: dict[str, Any], size: int, rank: int) -> dict[str, Any]:
+    """The rank's tokens, of everything that there is one of per token."""
+    tokens = own_tokens(size, rank)
+    return {
+        name: value[tokens] if isinstance(value, torch.Tensor) and len(value) == 11 else value
+        for name, value in given.items()
+    }

@@ -1,4 +1,4 @@
-"""One rank of test_sharded.py: every case on its rows of the head."""
+"""One rank of test_sharded.py: every case on its rows of the head, and on its tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from cases import CASES, LEARNED, SPLITS, problem, shard
+from cases import CASES, LEARNED, SPLITS, part_of_sequence, problem, shard
 from safetensors.torch import save_file
 
 from hsd_kernels import fused_hsd_loss, vocab_statistics
@@ -37,4 +37,14 @@ for split, sizes in SPLITS[size].items():
     )
     (found.forward_kl.sum() * found.entropy.sum()).backward()
     save_file({"grad": student.grad}, folder / f"{split}-statistics-{rank}.safetensors")
+for case in CASES:
+    given = part_of_sequence(problem(case), size, rank)
+    leaves = {name: given[name].detach().requires_grad_() for name in LEARNED}
+    out = fused_hsd_loss(**{**given, **leaves})
+    out.loss.backward()
+    loss = out.loss.detach()
+    for summed in (loss, leaves["weight"].grad, leaves["bias"].grad):
+        dist.all_reduce(summed)
+    saved = {f"grad.{name}": leaf.grad for name, leaf in leaves.items()}
+    save_file({**saved, "loss": loss}, folder / f"tokens-{case}-{rank}.safetensors")
 dist.destroy_process_group()

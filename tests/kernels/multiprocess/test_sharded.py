@@ -1,4 +1,4 @@
-"""A head whose rows lie on several ranks, against one process with the whole of it."""
+"""A head or a sequence that lies on several ranks, against one process with the whole of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, LEARNED, SPLITS, problem
+from cases import CASES, LEARNED, SPLITS, own_tokens, problem
 from kernel_problems import cast, relative_error, truth
 from safetensors.torch import load_file
 
@@ -64,6 +64,20 @@ def test_ranks_agree_with_one_process(solved, case):
                 torch.testing.assert_close(
                     found[f"stats.{name}"].double(), wanted, rtol=1e-4, atol=1e-6, equal_nan=True
                 )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_of_a_sequence_on_several_ranks_add_up(solved, case):
+    size, folder = solved
+    expected = truth({k: v for k, v in problem(case).items() if not k.startswith("sparse")})
+    hidden = torch.zeros_like(expected.gradients["student_hidden"])
+    for rank in range(size):
+        found = load_file(folder / f"tokens-{case}-{rank}.safetensors")
+        torch.testing.assert_close(found["loss"].double(), expected.loss, rtol=1e-5, atol=1e-7)
+        for name in LEARNED[1:]:
+            assert_gradient(found[f"grad.{name}"], expected.gradients[name])
+        hidden[own_tokens(size, rank)] = found["grad.student_hidden"].to(hidden.dtype)
+    assert_gradient(hidden, expected.gradients["student_hidden"])
 
 
 def assert_gradient(found: torch.Tensor, expected: torch.Tensor) -> None:

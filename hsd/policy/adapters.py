@@ -1,0 +1,166 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685; by peft) inside a policy whose own weights stay.
+
+The model that is trained is then also the reference and the teacher: with its adapter switched off
+it is pi_0, and an average of adapters is one more adapter, not one more model. What leaves the
+trainer, to an engine or to a checkpoint for from_pretrained, is the merged model: each adapted
+weight is W + (alpha / rank) B A.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from hsd.policy.config import AdapterConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+POLICY, TEACHER, REFERENCE = "policy", "teacher", "reference"
+"""Names of adapters: the one that is trained, and those that follow it where they are asked for."""
+
+OFF = "off"
+"""In the place of a name: the model's own weights alone."""
+
+_LINEAR = (torch.nn.Linear, Conv1D)
+_BASE = ".base_layer."  # peft's name for the layer that an adapted one wraps
+
+
+def add_adapter(
+    model: PreTrainedModel, config: AdapterConfig, *, seed: int, name: str = POLICY
+) -> None:
+    """Puts an adapter into a model, in place; its own weights are frozen.
+
+    Args:
+        seed: of the factor A; B starts at zero: the model computes what it did.
+
+    Raises:
+        ValueError: peft is not installed; or the target modules are none that can be adapted.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise ValueError(
+            "adapter.rank: found peft not installed: pip install hsd-kernels[lora]"
+        ) from None
+    causal: Any = model
+    # The loss reads the head's weight, and a tied embedding is the head: neither can be adapted.
+    heads = (causal.get_input_embeddings(), causal.get_output_embeddings())
+    # An average is beside what it averages. By default not peft's "all-linear", which takes in
+    # experts and routers, whose weights are no layers.
+    targets = (
+        list(_adapted_layers(model))
+        or list(config.target_modules)
+        or [
+            name
+            for name, module in causal.named_modules()
+            if isinstance(module, _LINEAR) and module not in heads
+        ]
+    )
+    options: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": 0.0}
+    lora = LoraConfig(target_modules=targets, **options)
+    causal.requires_grad_(False)
+    try:
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            torch.manual_seed(seed)
+            # Several adapters are meant; of GPT-2's layers, peft says what it does about them.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`|fan_in_fan")
+            inject_adapter_in_model(lora, causal, adapter_name=name)
+    except (ValueError, RuntimeError) as error:
+        chosen = list(config.target_modules) or "none"
+        raise ValueError(f"adapter.target_modules: found {chosen} ({error})") from None
+    adapted = [each.get_base_layer() for each in _adapted_layers(model).values()]
+    if any(each in heads or not isinstance(each, _LINEAR) for each in adapted):
+        raise ValueError(
+            f"adapter.target_modules: found {list(config.target_modules)}, expected linear layers "
+            "between the embedding and the output head alone"
+        )
+
+
+def add_average(model: PreTrainedModel, config: AdapterConfig, name: str) -> None:
+    """One more adapter, frozen, that starts as the policy's."""
+    add_adapter(model, config, seed=0, name=name)
+    move_adapter(model, name, decay=0.0)
+    for layer in _adapted_layers(model).values():
+        layer.set_adapter(POLICY)
+
+
+@torch.no_grad()
+def move_adapter(model: PreTrainedModel, name: str, *, decay: float) -> None:
+    """adapter <- decay * adapter + (1 - decay) * the policy's, factor by factor, in place."""
+    for layer in _adapted_layers(model).values():
+        for factors in (layer.lora_A, layer.lora_B):
+            factors[name].weight.lerp_(factors[POLICY].weight, 1.0 - decay)
+
+
+def has_adapters(model: torch.nn.Module) -> bool:
+    return hasattr(model, "peft_config")
+
+
+@contextmanager
+def computing_with(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Inside, an adapted model computes with another of its adapters, or with `OFF`.
+
+    Without gradient: the adapter inside is not trained. A model without adapters is left as
+    it is.
+    """
+    layers = [] if name == POLICY else list(_adapted_layers(model).values())
+    for layer in layers:
+        if name == OFF:
+            layer.enable_adapters(False)
+        else:
+            layer.set_adapter(name, inference_mode=True)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_adapter(POLICY)
+            layer.enable_adapters(True)
+
+
+@torch.no_grad()
+def merged(
+    model: torch.nn.Module, named: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a model without adapters that computes what this one does.
+
+    One tensor at a time; without adapters, the tensors as they are.
+
+    Args:
+        named: of the model: its parameters, or its state.
+    """
+    layers = _adapted_layers(model)
+    for name, value in named:
+        owner, base, attribute = name.rpartition(_BASE)
+        if base and owner in layers:
+            if attribute == "weight":
+                value = value + layers[owner].get_delta_weight(POLICY)
+            yield f"{owner}.{attribute}", value
+        elif not any(f".{factor}." in name for factor in ("lora_A", "lora_B")):
+            yield name, value
+
+
+def copy_without_adapters(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model; of an adapted one, its own weights alone."""
+    own: Any = copy.deepcopy(model)
+    for name, layer in _adapted_layers(own).items():
+        own.set_submodule(name, layer.get_base_layer())
+    if has_adapters(own):
+        del own.peft_config
+    found: PreTrainedModel = own
+    return found
+
+
+def _adapted_layers(model: torch.nn.Module) -> dict[str, Any]:
+    if not has_adapters(model):
+        return {}
+    from peft.tuners.lora import LoraLayer
+
+    return {name: each for name, each in model.named_modules() if isinstance(each, LoraLayer)}
