@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,11 +79,12 @@ def accumulate_gradients(
     total = torch.zeros(len(SUMS), dtype=torch.float64)
     largest_gap = 0.0
     distinct = without_idle_ends(merge_equal(rows))
-    batches = micro_batches(distinct, token_budget=micro_batch_tokens)
+    batches = micro_batches(distinct, token_budget=micro_batch_tokens, packed=policy.packed)
     if is_sharded(policy.model):
         # Every layer is gathered by all ranks together: none may run one batch less.
         batches += [[_IDLE]] * (largest_count(len(batches)) - len(batches))
-    with gathered_heads(policy.model, policy.teacher, policy.initial):
+    initial = policy.initial if objective.reads_reference(step) else None
+    with gathered_heads(policy.model, policy.teacher, initial):
         for position, batch in enumerate(batches, start=1):
             if position == len(batches):
                 synchronise_head(policy.model)
@@ -99,7 +101,8 @@ def _micro_batch(
     temperature: float,
     step: int,
 ) -> tuple[Tensor, float]:
-    student_hidden, others = _hidden_states(policy, batch)
+    reference = objective.reads_reference(step)
+    student_hidden, others = _hidden_states(policy, batch, reference=reference)
     device = student_hidden.device
     weights = torch.tensor([w for row in batch for w in row.weights], device=device)
     engine = torch.tensor([value for row in batch for value in row.logprobs], device=device)
@@ -126,6 +129,8 @@ def _micro_batch(
         )
         common["token_weights"] = weights
     terms = _divergence_terms(policy, objective, step, taught)
+    if reference:
+        terms["ref_coef"] = value_at(objective.ref_coef, step)
     gradient = PolicyGradient(arguments={})
     pg_coef = value_at(objective.pg_coef, step)
     if objective.has_policy_gradient:
@@ -155,12 +160,13 @@ def _micro_batch(
         weight=head.weight,  # (V, D)
         bias=head.bias,
         weight_grad_out=head_gradient(policy.model),
-        ref_coef=value_at(objective.ref_coef, step),
         **others,
         **common,
         **terms,
         **gradient.arguments,
     )
+    # What the loss has read would stay through the backward of the layers.
+    del student_hidden, others
     out.loss.backward()  # type: ignore[no-untyped-call]
 
     stats = out.stats
@@ -198,28 +204,25 @@ def _distilled(policy: Policy, row: TrainingRow) -> Sequence[bool]:
     return [True] * len(row.response) if row.distilled is None else row.distilled
 
 
-def _hidden_states(policy: Policy, batch: Sequence[TrainingRow]) -> tuple[Tensor, dict[str, Any]]:
+def _hidden_states(
+    policy: Policy, batch: Sequence[TrainingRow], *, reference: bool
+) -> tuple[Tensor, dict[str, Any]]:
     """(N, D) of the policy; and those of teacher and reference with their heads, as arguments."""
     responses = [row.response for row in batch]
     student_prompts = [row.student_prompt for row in batch]
-    dtype = policy.compute_dtype
-    others: dict[str, Any] = {"teacher_hidden": None}
+    hidden_of = partial(
+        response_hidden, compute_dtype=policy.compute_dtype, packed=policy.packed
+    )
+    others: dict[str, Any] = {"teacher_hidden": None, **_teacher_head(policy)}
     with torch.no_grad():
         if policy.teacher is not None:
-            others["teacher_hidden"] = response_hidden(
-                policy.teacher,
-                [row.teacher_prompt for row in batch],
-                responses,
-                compute_dtype=dtype,
-            )
-        others["ref_hidden"] = response_hidden(
-            policy.initial, student_prompts, responses, compute_dtype=dtype
-        )
-    others["ref_weight"] = policy.initial_head.weight
-    others["ref_bias"] = policy.initial_head.bias
-    others |= _teacher_head(policy)
-    student = response_hidden(policy.model, student_prompts, responses, compute_dtype=dtype)
-    return student, others
+            teacher_prompts = [row.teacher_prompt for row in batch]
+            others["teacher_hidden"] = hidden_of(policy.teacher, teacher_prompts, responses)
+        if reference:
+            others["ref_hidden"] = hidden_of(policy.initial, student_prompts, responses)
+            others["ref_weight"] = policy.initial_head.weight
+            others["ref_bias"] = policy.initial_head.bias
+    return hidden_of(policy.model, student_prompts, responses), others
 
 
 def _teacher_head(policy: Policy) -> dict[str, Any]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from hsd.policy.packing import pad_right
+from hsd.policy.packing import pack, pad_right
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedModel
 
@@ -68,7 +68,7 @@ def _check(model: PreTrainedModel, head: OutputHead) -> None:
     rows = min(16, head.weight.shape[0])
     ids = torch.arange(rows, device=head.weight.device)[None]
     logits = model(input_ids=ids, use_cache=False).logits[0].float()
-    hidden = last_hidden(model, ids, torch.ones_like(ids))[0]
+    hidden = last_hidden(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0]
     found = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
     if head.logit_softcap is not None:
         found = head.logit_softcap * torch.tanh(found / head.logit_softcap)
@@ -80,20 +80,22 @@ def _check(model: PreTrainedModel, head: OutputHead) -> None:
         )
 
 
-def last_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """(B, L, D) last hidden states, after the final norm, of ids (B, L) and mask (B, L)."""
+def last_hidden(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+    """(B, L, D) last hidden states, after the final norm.
+
+    Args:
+        inputs: of the model's forward: input_ids (B, L), and what says where sequences end.
+    """
     if isinstance(model, FSDPModule):
         sharded: Any = model
-        hidden: Tensor = sharded.sharded_hidden(ids, mask)
+        hidden: Tensor = sharded.sharded_hidden(inputs)
         return hidden
-    return base_hidden(model, ids, mask)
+    return base_hidden(model, inputs)
 
 
-def base_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+def base_hidden(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     """`last_hidden`, past the hooks of a sharded model's root."""
-    hidden: Tensor = model.base_model(
-        input_ids=ids, attention_mask=mask, use_cache=False
-    ).last_hidden_state
+    hidden: Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state
     return hidden
 
 
@@ -103,8 +105,13 @@ def response_hidden(
     responses: Sequence[Sequence[int]],
     *,
     compute_dtype: torch.dtype,
+    packed: bool = False,
 ) -> Tensor:
     """The hidden states that predict the response tokens, sequence after sequence.
+
+    Args:
+        packed: all sequences run as one row without padding, and each attends to itself alone; for
+            models that `hsd.policy.attention.with_packing` has checked.
 
     Returns:
         (sum of response lengths, D) in the dtype of the head: float32, or the compute dtype where
@@ -114,12 +121,44 @@ def response_hidden(
     weight: Tensor = causal.get_output_embeddings().weight
     device = weight.device
     sequences = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
-    ids, mask = pad_right(sequences, device=device)
-    start = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)[:, None]
-    length = torch.tensor([len(response) for response in responses], device=device)[:, None]
-    position = torch.arange(ids.shape[1], device=device)
-    predicting = (position >= start) & (position < start + length)
+    inputs, predicting = (_packed if packed else _padded)(sequences, prompts, device)
     # The weights of a sharded model are in the compute dtype already.
     with torch.autocast(device.type, compute_dtype, enabled=compute_dtype != weight.dtype):
-        hidden = last_hidden(model, ids, mask)
+        hidden = last_hidden(model, inputs)
     return hidden[predicting].to(weight.dtype)
+
+
+def _padded(
+    sequences: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]], device: torch.device
+) -> tuple[dict[str, Any], Tensor]:
+    """Inputs of the model, and (B, L) bool, the positions before response tokens."""
+    ids, mask = pad_right(sequences, device=device)
+    start = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)[:, None]
+    end = torch.tensor([len(sequence) - 1 for sequence in sequences], device=device)[:, None]
+    position = torch.arange(ids.shape[1], device=device)
+    predicting = (position >= start) & (position < end)
+    return {"input_ids": ids, "attention_mask": mask}, predicting
+
+
+def _packed(
+    sequences: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]], device: torch.device
+) -> tuple[dict[str, Any], Tensor]:
+    """Inputs of the model, and (1, T) bool, the positions before response tokens."""
+    ids, positions, offsets = pack(sequences, device=device)
+    longest = max(len(sequence) for sequence in sequences)
+    inputs = {
+        "input_ids": ids,
+        # Without a mask, transformers takes positions that start again for several sequences.
+        "position_ids": positions,
+        # Varlen kernels take these; from positions they would read them back in every layer.
+        "cu_seq_lens_q": offsets,
+        "cu_seq_lens_k": offsets,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+    predicting = [
+        len(prompt) - 1 <= position < len(sequence) - 1
+        for prompt, sequence in zip(prompts, sequences, strict=True)
+        for position in range(len(sequence))
+    ]
+    return inputs, torch.tensor([predicting], device=device)

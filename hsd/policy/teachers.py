@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What the loss needs of the models. Weights are float32, those of the averages too."""
+    """What the loss needs of the models. Weights are float32, those of the averages too.
+
+    Attributes:
+        packed: micro-batches run as one row without padding; see `hsd.policy.attention`.
+    """
 
     model: PreTrainedModel
     head: OutputHead
@@ -28,6 +32,7 @@ class Policy:
     initial: PreTrainedModel  # the reference: pi_0, or what it was refreshed to
     initial_head: OutputHead
     compute_dtype: torch.dtype
+    packed: bool = False
 
 
 def make_policy(

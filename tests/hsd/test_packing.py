@@ -83,7 +83,7 @@ def test_batches_hold_every_row_once_within_the_budget(make_row: MakeRow, budget
     flat = [row for batch in batches for row in batch]
     assert sorted(flat, key=rows.index) == rows
     for batch in batches:
-        padded = len(batch) * max(row.padded_length for row in batch)
+        padded = len(batch) * max(row.length for row in batch)
         assert padded <= budget or len(batch) == 1
 
 
@@ -96,11 +96,11 @@ def test_no_rows_make_no_batch() -> None:
     assert micro_batches([], token_budget=10) == []
 
 
-def test_the_padded_length_is_that_of_the_longer_side(make_row: MakeRow) -> None:
+def test_the_length_is_that_of_the_longer_side(make_row: MakeRow) -> None:
     row = make_row(0, prompt=5, context=9, response=4)
-    assert row.padded_length == 5 + 9 + 4
+    assert row.length == 5 + 9 + 4
     swapped = replace(row, student_prompt=row.teacher_prompt, teacher_prompt=row.student_prompt)
-    assert swapped.padded_length == row.padded_length
+    assert swapped.length == row.padded_length
 
 
 def test_padding_stands_on_the_right_under_a_mask_of_zeros() -> None:
