@@ -213,7 +213,7 @@ def _hidden_states(
     hidden_of = partial(
         response_hidden, compute_dtype=policy.compute_dtype, packed=policy.packed
     )
-    others: dict[str, Any] = {"teacher_hidden": None, **_teacher_head(policy)}
+    others: dict[str, Any] = {"teacher_hidden": None}
     with torch.no_grad():
         if policy.teacher is not None:
             teacher_prompts = [row.teacher_prompt for row in batch]
@@ -222,6 +222,7 @@ def _hidden_states(
             others["ref_hidden"] = hidden_of(policy.initial, student_prompts, responses)
             others["ref_weight"] = policy.initial_head.weight
             others["ref_bias"] = policy.initial_head.bias
+    others |= _teacher_head(policy)
     return hidden_of(policy.model, student_prompts, responses), others
 
 
