@@ -165,8 +165,8 @@ class Config:
         steps: of sampling and updating.
         micro_batch_tokens: tokens of one forward pass, padding too where there is some; does not
             change the gradient.
-        packing: of a forward pass: "packed", all sequences in one row without padding; "padded", one
-            row each; "auto" packs where the model can run flash-attn's varlen kernels.
+        packing: of a forward pass: "packed", all sequences in one row without padding; "padded",
+            one row each; "auto" packs where the model can run flash-attn's varlen kernels.
         checkpoint_every: steps between checkpoints; 0 for the last step only.
         show_samples: completions in a table: of samples, at every evaluation, and of rollouts.
     """

@@ -210,9 +210,7 @@ def _hidden_states(
     """(N, D) of the policy; and those of teacher and reference with their heads, as arguments."""
     responses = [row.response for row in batch]
     student_prompts = [row.student_prompt for row in batch]
-    hidden_of = partial(
-        response_hidden, compute_dtype=policy.compute_dtype, packed=policy.packed
-    )
+    hidden_of = partial(response_hidden, compute_dtype=policy.compute_dtype, packed=policy.packed)
     others: dict[str, Any] = {"teacher_hidden": None}
     with torch.no_grad():
         if policy.teacher is not None:

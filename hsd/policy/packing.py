@@ -128,8 +128,8 @@ def pack(
     """All sequences in one row of T tokens.
 
     Returns:
-        token ids (1, T) int64; positions (1, T) int64, from 0 in each sequence; and offsets (B + 1,)
-        int32, where sequences start and the last ends.
+        token ids (1, T) int64; positions (1, T) int64, from 0 in each sequence; and offsets
+        (B + 1,) int32, where sequences start and the last ends.
     """
     ids = torch.tensor([[token for sequence in sequences for token in sequence]])
     positions = torch.cat([torch.arange(len(sequence)) for sequence in sequences])[None]
