@@ -78,7 +78,7 @@ def weighted(rows: Sequence[TrainingRow], tokens: int) -> list[TrainingRow]:
 def ours(model: Any, rows: Sequence[TrainingRow]) -> tuple[Side, Policy]:
     objective = ObjectiveConfig(teacher="live", ref_coef=0.0)
     policy = make_policy(model, objective, compute_dtype=torch.float32)
-    budget = len(rows) * max(row.padded_length for row in rows)
+    budget = len(rows) * max(row.length for row in rows)
 
     def gradients() -> None:
         accumulate_gradients(policy, rows, objective, micro_batch_tokens=budget, temperature=1.0)
@@ -148,7 +148,7 @@ def padded_tokens(rows: Sequence[TrainingRow]) -> dict[str, int]:
     """Positions of the teacher's forward, padding included: TRL pads prompt and response apart."""
     longest = [max(len(row.teacher_prompt) for row in rows), max(len(r.response) for r in rows)]
     return {
-        "ours": len(rows) * max(row.padded_length for row in rows),
+        "ours": len(rows) * max(row.length for row in rows),
         "trl": len(rows) * sum(longest),
     }
 

@@ -170,7 +170,10 @@ class Config:
             runs/<recipe>-seed<seed>, -2, -3, ... that does not exist.
         seed: of everything random in the run. The task's splits have their own.
         steps: of sampling and updating.
-        micro_batch_tokens: padded tokens of one forward pass; does not change the gradient.
+        micro_batch_tokens: tokens of one forward pass, padding too where there is some; does not
+            change the gradient.
+        packing: of a forward pass: "packed", all sequences in one row without padding; "padded",
+            one row each; "auto" packs where the model can run flash-attn's varlen kernels.
         checkpoint_every: steps between checkpoints; 0 for the last step only.
         show_samples: completions in a table: of samples, at every evaluation, and of rollouts.
     """
@@ -179,6 +182,7 @@ class Config:
     seed: int = 0
     steps: int = 16
     micro_batch_tokens: int = 8192
+    packing: Literal["auto", "packed", "padded"] = "auto"
     checkpoint_every: int = 0
     show_samples: int = 4
     model: ModelConfig = field(default_factory=ModelConfig)

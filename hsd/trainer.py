@@ -20,6 +20,7 @@ from hsd.data.verify.pool import VerifierPool
 from hsd.distributed.load import load_sharded
 from hsd.distributed.process import World, sharding_device, sharding_mesh
 from hsd.policy.adapters import add_adapter
+from hsd.policy.attention import with_packing
 from hsd.policy.head import output_head
 from hsd.policy.layers import checkpoint_activations, compile_layers
 from hsd.policy.load import load_policy, load_tokenizer, policy_directory
@@ -80,6 +81,7 @@ def prepare(
     if config.context.show_demonstration:
         require_solutions(task.train, option="context.show_demonstration")
     sampled, tokenizer, policy = _models(config, world, task, console, resumed=resumed)
+    policy = with_packing(policy, config.packing)
     contexts = ContextBuilder(tokenizer, config.context)
     recorded: Replay | None = None
     if replay is not None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import active_fake_mode
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hsd_kernels.checks import check_values, poison
@@ -178,7 +179,12 @@ def show_workspace(tracker: type[TorchDispatchMode]) -> None:
 @torch.library.custom_op("hsd_kernels::scale", mutates_args=())
 def scale_op(gradient: Tensor, upstream: Tensor, of: Tensor) -> Tensor:
     """gradient * upstream in the dtype of the tensor `of` whose gradient it is."""
-    return (gradient * upstream).to(of.dtype)
+    return _product(gradient, upstream, of.dtype)
+
+
+def _product(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded as it is written: `(gradient * upstream).to(dtype)` would hold both."""
+    return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
 
 
 @scale_op.register_fake
@@ -195,6 +201,17 @@ def _refuse(ctx: Any, *_: Any) -> None:
 
 
 scale_op.register_autograd(_refuse)
+
+
+def _last_use(saved: Tensor) -> bool:
+    """Whether nothing reads what a backward has saved after it: it may be overwritten."""
+    return not (
+        # A graph that is traced may run with retain_graph, and may return what it saves.
+        torch.compiler.is_compiling()
+        or isinstance(saved, FunctionalTensor)
+        or torch.is_grad_enabled()  # create_graph: `scale` refuses a second derivative
+        or torch._C._autograd._get_current_graph_task_keep_graph()
+    )
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -216,7 +233,10 @@ def _scale_gradients(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, .
         saved, count = ctx.saved_tensors, len(ctx.wanted)
         formed, inputs = saved[:count], saved[count:]
         for name, gradient, of in zip(ctx.wanted, formed, inputs, strict=True):
-            scaled = torch.ops.hsd_kernels.scale(gradient, upstream, of)
+            if gradient.dtype == of.dtype and _last_use(gradient):
+                scaled = gradient.mul_(upstream)  # a V x D copy less
+            else:
+                scaled = torch.ops.hsd_kernels.scale(gradient, upstream, of)
             gradients[_PARAMETERS.index(name)] = scaled
     return tuple(gradients)
 
@@ -285,7 +305,7 @@ class _SolveInto(torch.autograd.Function):
             )
         student_grad, _, bias_grad = ctx.saved_tensors
         scaled = [
-            (saved * upstream).to(ctx.dtype) if wanted else None
+            _product(saved, upstream, ctx.dtype) if wanted else None
             for saved, wanted in zip((student_grad, bias_grad), ctx.wanted, strict=True)
         ]
         return *scaled, None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hsd.checks import require
-from hsd.objective.schedule import Scalar, require_scalar
+from hsd.objective.schedule import Scalar, reaches_zero, require_scalar, value_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,8 @@ class ObjectiveConfig:
         jsd_beta: the teacher's share of the mixture; jsd only.
         kl_coef: factor of the divergence.
         ref_coef: beta, the factor of KL(student || reference), which starts as the initial weights.
+        measure_reference: KL(student || reference) is measured where ref_coef is 0 too, which takes
+            a forward pass of the reference; ref_coef of 0 only.
         ref_refresh_every: updates between two moves of the reference toward the policy; 0 for none.
         ref_refresh_decay: what a move leaves of the reference as it was.
         pg_coef: factor of the policy gradient.
@@ -72,6 +74,7 @@ class ObjectiveConfig:
     jsd_beta: float = 0.5
     kl_coef: Scalar = 1.0
     ref_coef: Scalar = 1e-3
+    measure_reference: bool = True
     ref_refresh_every: int = 0
     ref_refresh_decay: float = 0.99
     pg_coef: Scalar = 1.0
@@ -89,6 +92,10 @@ class ObjectiveConfig:
     @property
     def corrects_mismatch(self) -> bool:
         return self.importance_cap != "none" or self.sequence_mask != "none"
+
+    def reads_reference(self, step: int) -> bool:
+        """Whether a step runs the reference."""
+        return self.measure_reference or value_at(self.ref_coef, step) != 0
 
     def __post_init__(self) -> None:
         for name in ("kl_coef", "ref_coef", "pg_coef"):
@@ -139,6 +146,7 @@ class ObjectiveConfig:
                 ("importance_cap",),
             ),
             (self.overlong_tokens > 0, "objective.overlong_tokens", ("overlong_penalty",)),
+            (reaches_zero(self.ref_coef), "an objective.ref_coef of 0", ("measure_reference",)),
             (self.ref_refresh_every > 0, "objective.ref_refresh_every", ("ref_refresh_decay",)),
         )
         for applicable, needed, names in groups:

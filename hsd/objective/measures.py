@@ -75,7 +75,7 @@ def step_metrics(
         "reward": correct / count,
         "loss": total["loss"],
         **_teacher_metrics(config, total, step),
-        "ref_kl": total["ref_kl"] / weight,
+        **_reference_metrics(config, total, step),
         "entropy": total["entropy"] / weight,
         "weight": total["weight"],
         "kept_share": kept / count,
@@ -109,6 +109,12 @@ def _gradient_metrics(config: Config, total: dict[str, float]) -> dict[str, floa
     if not config.objective.has_policy_gradient:
         return {}
     return {"clip_share": total["clipped"] / max(total["tokens"], 1.0)}
+
+
+def _reference_metrics(config: Config, total: dict[str, float], step: int) -> dict[str, float]:
+    if not config.objective.reads_reference(step):
+        return {}
+    return {"ref_kl": total["ref_kl"] / max(total["weight"], 1e-30)}
 
 
 def _teacher_metrics(config: Config, total: dict[str, float], step: int) -> dict[str, float]:

@@ -20,6 +20,13 @@ def value_at(scalar: Scalar, step: int) -> float:
     return scalar[0][1] if step < scalar[0][0] else scalar[-1][1]
 
 
+def reaches_zero(scalar: Scalar) -> bool:
+    """Whether a scalar that is never negative is 0 at some step."""
+    if isinstance(scalar, int | float):
+        return scalar == 0
+    return any(value == 0 for _, value in scalar)
+
+
 def require_scalar(name: str, scalar: Scalar, *, highest: float = math.inf) -> None:
     """Checks a scalar of a configuration.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,11 +81,12 @@ def accumulate_gradients(
     total = torch.zeros(len(SUMS), dtype=torch.float64)
     largest_gap = 0.0
     distinct = without_idle_ends(merge_equal(rows))
-    batches = micro_batches(distinct, token_budget=micro_batch_tokens)
+    batches = micro_batches(distinct, token_budget=micro_batch_tokens, packed=policy.packed)
     if is_sharded(policy.model):
         # Every layer is gathered by all ranks together: none may run one batch less.
         batches += [[_IDLE]] * (largest_count(len(batches)) - len(batches))
-    with gathered_heads(policy.model, policy.teacher, policy.initial):
+    initial = policy.initial if objective.reads_reference(step) else None
+    with gathered_heads(policy.model, policy.teacher, initial):
         for position, batch in enumerate(batches, start=1):
             if position == len(batches):
                 synchronise_head(policy.model)
@@ -101,7 +103,8 @@ def _micro_batch(
     temperature: float,
     step: int,
 ) -> tuple[Tensor, float]:
-    student_hidden, balance, others = _hidden_states(policy, batch)
+    reference = objective.reads_reference(step)
+    student_hidden, balance, others = _hidden_states(policy, batch, reference=reference)
     device = student_hidden.device
     weights = torch.tensor([w for row in batch for w in row.weights], device=device)
     engine = torch.tensor([value for row in batch for value in row.logprobs], device=device)
@@ -128,6 +131,8 @@ def _micro_batch(
         )
         common["token_weights"] = weights
     terms = _divergence_terms(policy, objective, step, taught)
+    if reference:
+        terms["ref_coef"] = value_at(objective.ref_coef, step)
     gradient = PolicyGradient(arguments={})
     pg_coef = value_at(objective.pg_coef, step)
     if objective.has_policy_gradient:
@@ -157,12 +162,13 @@ def _micro_batch(
         weight=head.weight,  # (V, D)
         bias=head.bias,
         weight_grad_out=head_gradient(policy.model),
-        ref_coef=value_at(objective.ref_coef, step),
         **others,
         **common,
         **terms,
         **gradient.arguments,
     )
+    # What the loss has read would stay through the backward of the layers.
+    del student_hidden, others
     # A sequence is as heavy in it as in the rest of the loss: no split and no merging changes that.
     shares = torch.tensor([sum(row.weights) for row in batch], device=device)
     router_aux = shares.new_zeros(()) if balance is None else (shares * balance).sum()
@@ -206,7 +212,7 @@ def _distilled(policy: Policy, row: TrainingRow) -> Sequence[bool]:
 
 
 def _hidden_states(
-    policy: Policy, batch: Sequence[TrainingRow]
+    policy: Policy, batch: Sequence[TrainingRow], *, reference: bool
 ) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     """(N, D) of the policy, and (B,) what `routed_hidden` gives beside it.
 
@@ -214,29 +220,25 @@ def _hidden_states(
     """
     responses = [row.response for row in batch]
     student_prompts = [row.student_prompt for row in batch]
-    dtype = policy.compute_dtype
+    hidden_of = partial(response_hidden, compute_dtype=policy.compute_dtype, packed=policy.packed)
     others: dict[str, Any] = {"teacher_hidden": None}
     with torch.no_grad():
         if policy.teacher is not None:
+            teacher_prompts = [row.teacher_prompt for row in batch]
             with computing_with(policy.teacher, policy.teacher_adapter):
-                others["teacher_hidden"] = response_hidden(
-                    policy.teacher,
-                    [row.teacher_prompt for row in batch],
-                    responses,
-                    compute_dtype=dtype,
-                )
-        with computing_with(policy.initial, policy.initial_adapter):
-            others["ref_hidden"] = response_hidden(
-                policy.initial, student_prompts, responses, compute_dtype=dtype
-            )
-    others["ref_weight"] = policy.initial_head.weight
-    others["ref_bias"] = policy.initial_head.bias
+                others["teacher_hidden"] = hidden_of(policy.teacher, teacher_prompts, responses)
+        if reference:
+            with computing_with(policy.initial, policy.initial_adapter):
+                others["ref_hidden"] = hidden_of(policy.initial, student_prompts, responses)
+            others["ref_weight"] = policy.initial_head.weight
+            others["ref_bias"] = policy.initial_head.bias
     others |= _teacher_head(policy)
     student, balance = routed_hidden(
         policy.model,
         student_prompts,
         responses,
-        compute_dtype=dtype,
+        compute_dtype=policy.compute_dtype,
+        packed=policy.packed,
         balance=policy.router_coef != 0,
     )
     return student, balance, others

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from hsd.policy.packing import pad_right
+from hsd.policy.packing import pack, pad_right
 from hsd.policy.router import balance_losses
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedModel
 
@@ -73,7 +73,7 @@ def _check(model: PreTrainedModel, head: OutputHead) -> None:
     rows = min(16, head.weight.shape[0])
     ids = torch.arange(rows, device=head.weight.device)[None]
     logits = model(input_ids=ids, use_cache=False).logits[0].float()
-    hidden = last_hidden(model, ids, torch.ones_like(ids))[0]
+    hidden = last_hidden(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0]
     found = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
     if head.logit_softcap is not None:
         found = head.logit_softcap * torch.tanh(found / head.logit_softcap)
@@ -85,27 +85,31 @@ def _check(model: PreTrainedModel, head: OutputHead) -> None:
         )
 
 
-def last_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """(B, L, D) last hidden states, after the final norm, of ids (B, L) and mask (B, L)."""
-    return _last_hidden(model, ids, mask, routed=False)[0]
+def last_hidden(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+    """(B, L, D) last hidden states, after the final norm.
+
+    Args:
+        inputs: of the model's forward: input_ids (B, L), and what says where sequences end.
+    """
+    return _last_hidden(model, inputs, routed=False)[0]
 
 
-def _last_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor, *, routed: bool) -> BaseOutput:
+def _last_hidden(model: PreTrainedModel, inputs: Mapping[str, Any], *, routed: bool) -> BaseOutput:
     if isinstance(model, FSDPModule):
         sharded: Any = model
-        found: BaseOutput = sharded.sharded_hidden(ids, mask, routed=routed)
+        found: BaseOutput = sharded.sharded_hidden(inputs, routed=routed)
         return found
-    return base_hidden(model, ids, mask, routed=routed)
+    return base_hidden(model, inputs, routed=routed)
 
 
-def base_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor, *, routed: bool) -> BaseOutput:
+def base_hidden(model: PreTrainedModel, inputs: Mapping[str, Any], *, routed: bool) -> BaseOutput:
     """`last_hidden`, past the hooks of a sharded model's root; and (B * L, E) router logits.
 
     Args:
         routed: whether the logits of each layer of experts are asked for.
     """
     options = {"output_router_logits": True} if routed else {}
-    out: Any = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **options)
+    out: Any = model.base_model(**inputs, use_cache=False, **options)
     return out.last_hidden_state, tuple(out.router_logits) if routed else ()
 
 
@@ -115,14 +119,21 @@ def response_hidden(
     responses: Sequence[Sequence[int]],
     *,
     compute_dtype: torch.dtype,
+    packed: bool = False,
 ) -> Tensor:
     """The hidden states that predict the response tokens, sequence after sequence.
+
+    Args:
+        packed: all sequences run as one row without padding, and each attends to itself alone; for
+            models that `hsd.policy.attention.with_packing` has checked.
 
     Returns:
         (sum of response lengths, D) in the dtype of the head: float32, or the compute dtype where
         a sharded model has it gathered.
     """
-    return routed_hidden(model, prompts, responses, compute_dtype=compute_dtype, balance=False)[0]
+    return routed_hidden(
+        model, prompts, responses, compute_dtype=compute_dtype, packed=packed, balance=False
+    )[0]
 
 
 def routed_hidden(
@@ -131,6 +142,7 @@ def routed_hidden(
     responses: Sequence[Sequence[int]],
     *,
     compute_dtype: torch.dtype,
+    packed: bool,
     balance: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """`response_hidden`, and if asked for the (B,) load-balancing loss of each sequence."""
@@ -138,13 +150,58 @@ def routed_hidden(
     weight: Tensor = causal.get_output_embeddings().weight
     device = weight.device
     sequences = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
-    ids, mask = pad_right(sequences, device=device)
-    start = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)[:, None]
-    length = torch.tensor([len(response) for response in responses], device=device)[:, None]
-    position = torch.arange(ids.shape[1], device=device)
-    predicting = (position >= start) & (position < start + length)
+    inputs, predicting = (_packed if packed else _padded)(sequences, prompts, device)
     # The weights of a sharded model are in the compute dtype already.
     with torch.autocast(device.type, compute_dtype, enabled=compute_dtype != weight.dtype):
-        hidden, router_logits = _last_hidden(model, ids, mask, routed=balance)
-    losses = balance_losses(router_logits, mask, model.config) if balance else None
+        hidden, router_logits = _last_hidden(model, inputs, routed=balance)
+    losses = None
+    if balance:
+        owners = _owners(sequences, inputs)
+        losses = balance_losses(router_logits, owners, len(sequences), model.config)
     return hidden[predicting].to(weight.dtype), losses
+
+
+def _owners(sequences: Sequence[Sequence[int]], inputs: Mapping[str, Any]) -> Tensor:
+    """(B * L,) the sequence that a token belongs to, -1 for padding."""
+    ids: Tensor = inputs["input_ids"]
+    numbers = torch.arange(len(sequences), device=ids.device)
+    if "attention_mask" in inputs:
+        return torch.where(inputs["attention_mask"].bool(), numbers[:, None], -1).flatten()
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device=ids.device)
+    return numbers.repeat_interleave(lengths)
+
+
+def _padded(
+    sequences: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]], device: torch.device
+) -> tuple[dict[str, Any], Tensor]:
+    """Inputs of the model, and (B, L) bool, the positions before response tokens."""
+    ids, mask = pad_right(sequences, device=device)
+    start = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)[:, None]
+    end = torch.tensor([len(sequence) - 1 for sequence in sequences], device=device)[:, None]
+    position = torch.arange(ids.shape[1], device=device)
+    predicting = (position >= start) & (position < end)
+    return {"input_ids": ids, "attention_mask": mask}, predicting
+
+
+def _packed(
+    sequences: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]], device: torch.device
+) -> tuple[dict[str, Any], Tensor]:
+    """Inputs of the model, and (1, T) bool, the positions before response tokens."""
+    ids, positions, offsets = pack(sequences, device=device)
+    longest = max(len(sequence) for sequence in sequences)
+    inputs = {
+        "input_ids": ids,
+        # Without a mask, transformers takes positions that start again for several sequences.
+        "position_ids": positions,
+        # Varlen kernels take these; from positions they would read them back in every layer.
+        "cu_seq_lens_q": offsets,
+        "cu_seq_lens_k": offsets,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+    predicting = [
+        len(prompt) - 1 <= position < len(sequence) - 1
+        for prompt, sequence in zip(prompts, sequences, strict=True)
+        for position in range(len(sequence))
+    ]
+    return inputs, torch.tensor([predicting], device=device)

@@ -1,4 +1,4 @@
-"""From rollouts to padded micro-batches of a token budget."""
+"""From rollouts to micro-batches of a token budget, padded or packed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TrainingRow:
     distilled: tuple[bool, ...] | None = None
 
     @property
-    def padded_length(self) -> int:
+    def length(self) -> int:
         """Tokens of the longer side."""
         return max(len(self.student_prompt), len(self.teacher_prompt)) + len(self.response)
 
@@ -73,15 +73,39 @@ def without_idle_ends(rows: Sequence[TrainingRow]) -> list[TrainingRow]:
     return cut
 
 
-def micro_batches(rows: Sequence[TrainingRow], *, token_budget: int) -> list[list[TrainingRow]]:
-    """Splits rows so that each batch, padded, stays within the budget; one row at least each."""
+def micro_batches(
+    rows: Sequence[TrainingRow], *, token_budget: int, packed: bool = False
+) -> list[list[TrainingRow]]:
+    """Splits rows so that each batch stays within the budget; one row at least each.
+
+    Args:
+        packed: batches hold no padding, and the budget counts none.
+    """
+    if packed:
+        return _packed_batches(rows, token_budget)
     batches: list[list[TrainingRow]] = []
-    for row in sorted(rows, key=lambda row: row.padded_length):
+    for row in sorted(rows, key=lambda row: row.length):
         # Sorted by length: the row at hand is the longest of its batch.
-        if batches and (len(batches[-1]) + 1) * row.padded_length <= token_budget:
+        if batches and (len(batches[-1]) + 1) * row.length <= token_budget:
             batches[-1].append(row)
         else:
             batches.append([row])
+    return batches
+
+
+def _packed_batches(rows: Sequence[TrainingRow], token_budget: int) -> list[list[TrainingRow]]:
+    """The longest row first, each into the first batch that has room for it."""
+    batches: list[list[TrainingRow]] = []
+    tokens: list[int] = []
+    for row in sorted(rows, key=lambda row: row.length, reverse=True):
+        place = next(
+            (i for i, used in enumerate(tokens) if used + row.length <= token_budget), len(batches)
+        )
+        if place == len(batches):
+            batches.append([])
+            tokens.append(0)
+        batches[place].append(row)
+        tokens[place] += row.length
     return batches
 
 
@@ -96,3 +120,19 @@ def pad_right(
         ids[row, : len(sequence)] = torch.tensor(sequence)
         mask[row, : len(sequence)] = 1
     return ids.to(device), mask.to(device)
+
+
+def pack(
+    sequences: Sequence[Sequence[int]], *, device: torch.device | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All sequences in one row of T tokens.
+
+    Returns:
+        token ids (1, T) int64; positions (1, T) int64, from 0 in each sequence; and offsets
+        (B + 1,) int32, where sequences start and the last ends.
+    """
+    ids = torch.tensor([[token for sequence in sequences for token in sequence]])
+    positions = torch.cat([torch.arange(len(sequence)) for sequence in sequences])[None]
+    lengths = torch.tensor([0, *(len(sequence) for sequence in sequences)])
+    offsets = lengths.cumsum(0).to(torch.int32)
+    return ids.to(device), positions.to(device), offsets.to(device)

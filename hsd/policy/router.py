@@ -34,7 +34,9 @@ def router_coefficient(model: PreTrainedModel, chosen: float | None) -> float:
     return chosen
 
 
-def balance_losses(router_logits: Sequence[Tensor], mask: Tensor, config: Any) -> Tensor:
+def balance_losses(
+    router_logits: Sequence[Tensor], owners: Tensor, count: int, config: Any
+) -> Tensor:
     """(B,) the load-balancing loss of each sequence, over its tokens in all layers.
 
     E * sum_e f_e P_e (Switch Transformer, arXiv 2101.03961, equation 4, by transformers): how often
@@ -43,18 +45,19 @@ def balance_losses(router_logits: Sequence[Tensor], mask: Tensor, config: Any) -
     DeepSeek-V3, arXiv 2412.19437, equation 17) it does not.
 
     Args:
-        router_logits: (B * L, E) of each layer that has experts.
-        mask: (B, L), 0 at padding.
+        router_logits: (T, E) of each layer that has experts.
+        owners: (T,) the sequence that a token belongs to, -1 for padding.
+        count: B, sequences.
         config: of the model, or of its text model.
     """
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     text = config.get_text_config()
     experts = getattr(text, "num_experts", None) or text.num_local_experts
-    layers = [logits.reshape(*mask.shape, -1) for logits in router_logits]
     losses = []
-    for row, own in enumerate(mask.bool()):
-        tokens: Any = tuple(layer[row, own] for layer in layers)
+    for sequence in range(count):
+        own = owners == sequence
+        tokens: Any = tuple(logits.reshape(len(owners), -1)[own] for logits in router_logits)
         loss: Any = load_balancing_loss_func(tokens, experts, text.num_experts_per_tok)
         losses.append(loss)
     return torch.stack(losses)

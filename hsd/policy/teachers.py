@@ -35,8 +35,11 @@ if TYPE_CHECKING:
 class Policy:
     """What the loss needs of the models. Weights are float32, those of the averages too.
 
-    `teacher_adapter` and `initial_adapter` are what those two compute with, where all three are one
-    adapted model; `computing_with` switches to them.
+    Attributes:
+        packed: micro-batches run as one row without padding; see `hsd.policy.attention`.
+        router_coef: of the load-balancing loss of a model with experts.
+        teacher_adapter, initial_adapter: what those two compute with, where all three are one
+            adapted model; `computing_with` switches to them.
     """
 
     model: PreTrainedModel
@@ -46,6 +49,7 @@ class Policy:
     initial: PreTrainedModel  # the reference: pi_0, or what it was refreshed to
     initial_head: OutputHead
     compute_dtype: torch.dtype
+    packed: bool = False
     router_coef: float = 0.0  # of the load-balancing loss
     teacher_adapter: str = POLICY
     initial_adapter: str = POLICY

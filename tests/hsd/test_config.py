@@ -94,6 +94,11 @@ def test_a_base_is_found_beside_its_recipe(
         ("[warmup]\nhint_share = 1.5", "warmup.hint_share: found 1.5"),
         ("[objective]\nref_coef = nan", "objective.ref_coef: found nan"),
         ("[objective]\njsd_beta = 0.3", "objective.jsd_beta: found 0.3"),
+        ("packing = 'dense'", "packing: found 'dense'"),
+        (
+            "[objective]\nmeasure_reference = false",
+            "objective.measure_reference: found False, expected an objective.ref_coef of 0",
+        ),
         ("[objective]\nmax_chunk_bytes = 0", "objective.max_chunk_bytes: found 0"),
         ("[optimizer]\nlearning_rate = inf", "optimizer.learning_rate: found inf"),
         ("[optimizer]\nmax_grad_norm = 0", "optimizer.max_grad_norm: found 0"),

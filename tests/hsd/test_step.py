@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -352,3 +353,50 @@ def test_a_rank_without_rows_adds_zero(make_policy: MakePolicy) -> None:
     gradient, total = accumulated(make_policy(), [], ObjectiveConfig())
     assert not gradient.any()
     assert not any(total.values())
+
+
+def test_the_reference_rests_where_nothing_reads_it(
+    make_policy: MakePolicy, rows: list[TrainingRow]
+) -> None:
+    policy, runs = make_policy(), []
+    policy.initial.base_model.register_forward_pre_hook(lambda *_: runs.append(1))
+    resting = ObjectiveConfig(ref_coef=((0, 0.0), (4, REF_COEF)), measure_reference=False)
+    measured = replace(resting, measure_reference=True)
+
+    def found(objective: ObjectiveConfig, at: int) -> tuple[Tensor, float, int]:
+        policy.model.zero_grad(set_to_none=True)
+        runs.clear()
+        sums, _ = accumulate_gradients(
+            policy, rows, objective, micro_batch_tokens=10_000, temperature=1.0, step=at
+        )
+        flat = torch.cat([parameter.grad.flatten() for parameter in policy.model.parameters()])
+        return flat, float(sums[SUMS.index("ref_kl")]), len(runs)
+
+    for at, runs_at_rest in ((0, 0), (2, 1)):
+        gradient, ref_kl, count = found(resting, at)
+        expected, expected_ref_kl, _ = found(measured, at)
+        assert relative_error(gradient, expected) <= 1e-6
+        assert count == runs_at_rest
+        assert expected_ref_kl > 0
+        assert ref_kl == (expected_ref_kl if count else 0.0)
+
+
+def test_what_only_the_loss_reads_is_gone_when_layers_run_backward(
+    make_policy: MakePolicy, rows: list[TrainingRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, hidden, alive = make_policy(), [], []
+
+    def recorded(model: Any, prompts: Any, responses: Any, **options: Any) -> Tensor:
+        states = response_hidden(model, prompts, responses, **options)
+        if not states.requires_grad:
+            hidden.append(weakref.ref(states))
+        return states
+
+    monkeypatch.setattr(step, "response_hidden", recorded)
+    (first, *_) = policy.model.base_model.layers.parameters()
+    first.register_post_accumulate_grad_hook(
+        lambda _: alive.extend(each for each in hidden if each() is not None)
+    )
+    accumulated(policy, rows, ObjectiveConfig())
+    assert len(hidden) == 2  # of teacher and reference
+    assert not alive

@@ -255,6 +255,19 @@ def test_variants_run(changes: dict[str, Any], go: Callable[..., tuple[int, Path
     assert weights(run)
 
 
+def test_a_packed_run_is_the_padded_one(go: Callable[..., tuple[int, Path]]) -> None:
+    objective = {"ref_coef": 0.0}  # the packed run does not measure its KL either
+    _, padded = go("--packing", "padded", objective=objective, name="padded")
+    _, packed = go(
+        "--packing", "packed", objective={**objective, "measure_reference": False}, name="packed"
+    )
+    token_ids = [[record["token_ids"] for record in rollouts(run)] for run in (padded, packed)]
+    assert token_ids[0] == token_ids[1]
+    for step, other in zip(steps(packed), steps(padded), strict=True):
+        del step["kind"], other["kind"], other["ref_kl"]
+        assert step == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
 def test_evaluations_and_checkpoints_come_when_asked_for(
     go: Callable[..., tuple[int, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,6 +90,19 @@ def test_a_deliberate_n_x_v_buffer_is_seen(monkeypatch):
     assert allocations.largest >= 512 * 1000 * 4
 
 
+@pytest.mark.parametrize("retain", [False, True])
+def test_the_gradients_that_forward_formed_become_those_of_the_leaves(retain):
+    draw = Draw((64,), 32, 4000)
+    given = cast(draw.problem(), torch.float32)
+    given["weight"] = given["weight"].requires_grad_()
+    loss = fused_hsd_loss(**given).loss
+    with recorded() as allocations:
+        (3 * loss).backward(retain_graph=retain)
+    head = given["weight"].nbytes
+    # A graph that is kept needs the formed gradient again: for the leaf there is a copy.
+    assert allocations.largest >= head if retain else allocations.largest < head / 100
+
+
 def naive_loss(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
     log_p = torch.log_softmax(student @ weight.T, -1)
     log_q = torch.log_softmax(teacher @ weight.detach().T, -1)

@@ -131,6 +131,23 @@ def test_inside_activation_checkpointing(reentrant):
         assert relative_error(leaf.grad, expected[name]) <= 1e-4, name
 
 
+@pytest.mark.gradient
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_graph_that_is_kept_gives_its_gradients_again(compiled):
+    given, expected = problem(), truth(problem()).gradients
+    own_leaves = leaves(given)
+    torch._dynamo.reset()
+    loss = torch.compile(hsd, fullgraph=True, backend="aot_eager") if compiled else hsd
+    value = loss({**given, **own_leaves})
+    for factor, retain in ((2.0, True), (3.0, True), (5.0, False)):
+        found = torch.autograd.grad(
+            value, list(own_leaves.values()), torch.tensor(factor), retain_graph=retain
+        )
+        for name, gradient in zip(own_leaves, found, strict=True):
+            assert relative_error(gradient, factor * expected[name]) <= 1e-4, name
+            gradient.zero_()  # what a caller does to them is no matter of the graph
+
+
 def test_vmap_is_refused():
     given = problem()
 

@@ -93,7 +93,7 @@ def _rows(
 def _output(rows: Tensor, a: dict[str, Any]) -> Any:
     """What the step reads of a LossOutput; rows is (4, N)."""
     kl, ref_kl, logprob, entropy = rows
-    loss = (a["token_weights"] * (kl + a["ref_coef"] * ref_kl)).sum()
+    loss = (a["token_weights"] * (kl + a.get("ref_coef", 0.0) * ref_kl)).sum()
     stats = SimpleNamespace(
         kl=kl.detach(),
         ref_kl=ref_kl.detach(),

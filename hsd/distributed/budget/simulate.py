@@ -224,7 +224,7 @@ def _loss_flop(student_hidden: Tensor, arguments: Mapping[str, Any]) -> float:
         hidden_size,
         vocab_size,
         teacher=arguments["teacher_hidden"] is not None,
-        reference=arguments["ref_hidden"] is not None,
+        reference="ref_hidden" in arguments,
     ).gemms
     return products * 2 * rows * hidden_size * vocab_size
 

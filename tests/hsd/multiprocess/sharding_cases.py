@@ -34,6 +34,7 @@ class Case:
     token_loss: str = "divergence"
     compute_dtype: str = "float32"
     divide_factor: float = 1.0
+    packed: bool = False
     sharding: ShardingConfig = field(default_factory=lambda: ShardingConfig(mode="full"))
 
     @property
@@ -67,6 +68,10 @@ TWO_RANKS = {
     ),
     "checkpointed": Case(model="llama", shares=IDLE, sharding=CHECKPOINTED),
     "one micro-batch": Case(model="llama-tied", shares=EVEN, micro_batch_tokens=10_000),
+    "packed": Case(model="llama", shares=IDLE, packed=True, micro_batch_tokens=60),
+    "packed-tied": Case(
+        model="llama-tied", shares=UNEVEN, packed=True, teacher="ema", sharding=CHECKPOINTED
+    ),
     "moving teachers": Case(
         model="llama-tied",
         shares=UNEVEN,

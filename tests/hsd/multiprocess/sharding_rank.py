@@ -22,6 +22,7 @@ from hsd.distributed.config import ShardingConfig
 from hsd.distributed.fsdp import local_part
 from hsd.distributed.load import load_sharded
 from hsd.distributed.process import World, join_world, leave_world, sharding_mesh
+from hsd.policy.attention import with_packing
 from hsd.policy.optimizer import adamw
 from hsd.policy.teachers import make_policy
 
@@ -41,6 +42,7 @@ def train(folder: Path, name: str, case: Case, world: World) -> None:
         compute_dtype=dtype,
         copy_of=lambda _, moves: load(frozen=True, dtype=torch.float32 if moves else dtype),
     )
+    policy = with_packing(policy, "packed" if case.packed else "padded")
     found: dict[str, Tensor] = {}
 
     def keep(step: int, kind: str, values: Tensor) -> None:
