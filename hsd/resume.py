@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from hsd.data.questions import Question, question_stream
-from hsd.distributed.checkpoint import load_tensors, read_json
+from hsd.distributed.checkpoint import STILL, load_tensors, read_json
+from hsd.policy.adapters import has_adapters, is_factor
 from hsd.scores import Evaluation
 from hsd.trainer import Trainer
 
@@ -121,22 +122,31 @@ def _evaluation(correct: Any, majority: Any) -> Evaluation:
     )
 
 
-def tensors_of(trainer: Trainer) -> dict[str, Any]:
+def tensors_of(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
     """Weights, optimiser states, reference and teacher, by name; sharded where they are.
 
     Where adapters make one model of them, its weights are all.
 
-    An optimiser that has taken no step has no states; asking for them would take one.
+    Returns:
+        those that move from step to step; and those that never do, which are not what a model's
+        files hold where a warm-up came between.
     """
-    policy = trainer.policy
-    found: dict[str, Any] = {"model": _weights(policy.model)}
+    policy, objective = trainer.policy, trainer.config.objective
+    moving: dict[str, Any] = {"model": _weights(policy.model)}
+    still: dict[str, Any] = {}
+    if has_adapters(policy.model):
+        weights = moving["model"].items()
+        moving["model"] = {name: value for name, value in weights if is_factor(name)}
+        still["model"] = {name: value for name, value in weights if not is_factor(name)}
     if policy.initial is not policy.model:
-        found["reference"] = _weights(policy.initial)
+        place = moving if objective.ref_refresh_every else still
+        place["reference"] = _weights(policy.initial)
     if policy.teacher is not None and policy.teacher not in (policy.model, policy.initial):
-        found["teacher"] = _weights(policy.teacher)
-    if trainer.optimizer.state:
-        found["optimizer"] = _states(_optimizer_state(trainer))
-    return found
+        place = moving if objective.teacher == "ema" else still
+        place["teacher"] = _weights(policy.teacher)
+    if trainer.optimizer.state:  # without a step it has none, and asking for them would take one
+        moving["optimizer"] = _states(_optimizer_state(trainer))
+    return moving, still
 
 
 def shared_state(trainer: Trainer, position: Position) -> dict[str, Any]:
@@ -169,16 +179,19 @@ def restore(trainer: Trainer, path: Path) -> None:
     """
     world, policy = trainer.world, trainer.policy
     shared = read_json(path / "state.json")
-    target = tensors_of(trainer)
+    target, still = tensors_of(trainer)
     full: dict[str, Any] = {}
     if shared.get("optimizer"):
         full = _optimizer_state(trainer)
         target["optimizer"] = _states(full)
     load_tensors(path, target, world)
+    if still:
+        load_tensors(path.parent / STILL, still, world)
     models = {"model": policy.model, "reference": policy.initial, "teacher": policy.teacher}
     for name, model in models.items():
-        if name in target and model is not None:
-            set_model_state_dict(model, target[name])
+        weights = {**target.get(name, {}), **still.get(name, {})}
+        if weights and model is not None:
+            set_model_state_dict(model, weights)
     if full:
         set_optimizer_state_dict(
             policy.model, trainer.optimizer, {**full, **target["optimizer"]}, options=_OPTIONS

@@ -45,9 +45,11 @@ class Session:
 
     def save(self) -> None:
         """A checkpoint to resume from."""
+        moving, still = tensors_of(self.trainer)
         self.checkpoints.save(
             self.position.step,
-            tensors_of(self.trainer),
+            moving,
+            still=still,
             shared=shared_state(self.trainer, self.position),
             own=own_state(),
         )

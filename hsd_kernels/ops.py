@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import active_fake_mode
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hsd_kernels.checks import check_values, poison
@@ -23,6 +22,7 @@ from hsd_kernels.parallel import shard_of
 from hsd_kernels.pipeline import solve
 from hsd_kernels.plan import Plan, record
 from hsd_kernels.problem import Problem
+from hsd_kernels.scaling import product, scaled
 from hsd_kernels.statistics import DIFFERENTIABLE, STATISTICS
 from hsd_kernels.workspace import Wanted, simulate
 
@@ -176,44 +176,6 @@ def show_workspace(tracker: type[TorchDispatchMode]) -> None:
         op.register_torch_dispatch(tracker, inside)
 
 
-@torch.library.custom_op("hsd_kernels::scale", mutates_args=())
-def scale_op(gradient: Tensor, upstream: Tensor, of: Tensor) -> Tensor:
-    """gradient * upstream in the dtype of the tensor `of` whose gradient it is."""
-    return _product(gradient, upstream, of.dtype)
-
-
-def _product(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded as it is written: `(gradient * upstream).to(dtype)` would hold both."""
-    return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
-
-
-@scale_op.register_fake
-def _(gradient: Tensor, upstream: Tensor, of: Tensor) -> Tensor:
-    return gradient.new_empty(gradient.shape, dtype=of.dtype)
-
-
-def _refuse(ctx: Any, *_: Any) -> None:
-    # The formed gradients would pass for constants, and a second derivative silently lack them.
-    raise RuntimeError(
-        "hsd_kernels: found a second derivative, but gradients are formed once and cannot be "
-        "differentiated again; expected backend='reference' for that"
-    )
-
-
-scale_op.register_autograd(_refuse)
-
-
-def _last_use(saved: Tensor) -> bool:
-    """Whether nothing reads what a backward has saved after it: it may be overwritten."""
-    return not (
-        # A graph that is traced may run with retain_graph, and may return what it saves.
-        torch.compiler.is_compiling()
-        or isinstance(saved, FunctionalTensor)
-        or torch.is_grad_enabled()  # create_graph: `scale` refuses a second derivative
-        or torch._C._autograd._get_current_graph_task_keep_graph()
-    )
-
-
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
@@ -233,11 +195,7 @@ def _scale_gradients(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, .
         saved, count = ctx.saved_tensors, len(ctx.wanted)
         formed, inputs = saved[:count], saved[count:]
         for name, gradient, of in zip(ctx.wanted, formed, inputs, strict=True):
-            if gradient.dtype == of.dtype and _last_use(gradient):
-                scaled = gradient.mul_(upstream)  # a V x D copy less
-            else:
-                scaled = torch.ops.hsd_kernels.scale(gradient, upstream, of)
-            gradients[_PARAMETERS.index(name)] = scaled
+            gradients[_PARAMETERS.index(name)] = scaled(gradient, upstream, of)
     return tuple(gradients)
 
 
@@ -304,11 +262,11 @@ class _SolveInto(torch.autograd.Function):
                 "the head's gradient is added during forward; put factors into token_weights"
             )
         student_grad, _, bias_grad = ctx.saved_tensors
-        scaled = [
-            _product(saved, upstream, ctx.dtype) if wanted else None
+        found = [
+            product(saved, upstream, ctx.dtype) if wanted else None
             for saved, wanted in zip((student_grad, bias_grad), ctx.wanted, strict=True)
         ]
-        return *scaled, None
+        return *found, None
 
 
 def solved(problem: Problem, wanted: Wanted) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 A checkpoint is a folder `step-00000012` of safetensors files by torch.distributed.checkpoint and of
 JSON: nothing in it is unpickled. It is written under another name and renamed once all of it is on
 disk, so a process killed at any moment leaves the previous one. All ranks see the same folder.
+What no step changes is beside them, once.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from hsd.distributed.process import World
 
 # A single process is a single process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+
+STILL = "initial"
+"""The folder beside the checkpoints with the tensors that are the same in all of them."""
 
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -60,6 +64,7 @@ class Checkpoints:
         *,
         shared: Mapping[str, Any],
         own: Mapping[str, Any],
+        still: dict[str, Any],
     ) -> None:
         """Copies the tensors, then writes behind the caller's back; one save at a time.
 
@@ -67,6 +72,8 @@ class Checkpoints:
             tensors: nested dictionaries of tensors and DTensors; may change after the call.
             shared: JSON values, those of rank 0 are kept.
             own: JSON values of this rank.
+            still: like `tensors`, what never changes; written by the first save of a run, which
+                waits for it.
 
         Raises:
             OSError: the previous save failed.
@@ -75,25 +82,45 @@ class Checkpoints:
         fresh, final = self._folder / f".step-{step:08d}", self._folder / f"step-{step:08d}"
         if step == self._saved:  # a step has one state
             return
+        # One that a run without a checkpoint left may be of other weights, to rounding.
+        if self._saved is None and still:
+            self._save_still(still)
         self._saved = step
+        self._make(fresh)
+        if self._world.is_main:
+            _write_json(fresh / "state.json", shared)
+        _write_json(fresh / f"rank-{self._world.rank:05d}.json", own)
+        writing = self._write(tensors, fresh)
+        self._pending = writing
+        if self._world.is_main:  # its part ends when those of all ranks have
+            self._pending = self._executor.submit(self._commit, writing, fresh, final)
+
+    def _save_still(self, tensors: dict[str, Any]) -> None:
+        fresh, final = self._folder / f".{STILL}", self._folder / STILL
+        self._make(fresh)
+        self._write(tensors, fresh).result()
+        if self._world.is_main:
+            shutil.rmtree(final, ignore_errors=True)
+            _put_in_place(fresh, final)
+        self._world.barrier()
+
+    def _make(self, fresh: Path) -> None:
         if self._world.is_main:
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir()
-            _write_json(fresh / "state.json", shared)
         self._world.barrier()
-        _write_json(fresh / f"rank-{self._world.rank:05d}.json", own)
-        writing = cast(
+
+    def _write(self, tensors: dict[str, Any], folder: Path) -> Future[Any]:
+        """Ends, on the main rank, when all ranks have written."""
+        return cast(
             "Future[Any]",
             async_save(
                 tensors,
-                storage_writer=HuggingFaceStorageWriter(str(fresh), save_distributed=True),
+                storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
                 process_group=self._group,
                 no_dist=self._group is None,
             ),
         )
-        self._pending = writing
-        if self._world.is_main:  # its part ends when those of all ranks have
-            self._pending = self._executor.submit(self._commit, writing, fresh, final)
 
     def wait(self) -> None:
         """Until the last save is on disk.
@@ -114,10 +141,7 @@ class Checkpoints:
 
     def _commit(self, writing: Future[Any], fresh: Path, final: Path) -> None:
         writing.result()
-        for path in (*fresh.iterdir(), fresh):
-            _sync(path)
-        fresh.rename(final)
-        _sync(self._folder)
+        _put_in_place(fresh, final)
         for _, old in whole_checkpoints(self._folder)[: -self._keep]:
             # Renamed first: what is half removed must not look whole.
             dead = old.with_name(f".{old.name}")
@@ -162,6 +186,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: found {type(values).__name__}, expected an object")
     return values
+
+
+def _put_in_place(fresh: Path, final: Path) -> None:
+    """Gives a folder its name once all of it is on disk."""
+    for path in (*fresh.iterdir(), fresh):
+        _sync(path)
+    fresh.rename(final)
+    _sync(final.parent)
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -104,6 +104,11 @@ def has_adapters(model: torch.nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
+def is_factor(name: str) -> bool:
+    """Whether a name in a model's state is one of an adapter."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
 @contextmanager
 def computing_with(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Inside, an adapted model computes with another of its adapters, or with `OFF`.
@@ -143,7 +148,7 @@ def merged(
             if attribute == "weight":
                 value = value + layers[owner].get_delta_weight(POLICY)
             yield f"{owner}.{attribute}", value
-        elif not any(f".{factor}." in name for factor in ("lora_A", "lora_B")):
+        elif not is_factor(name):
             yield name, value
 
 

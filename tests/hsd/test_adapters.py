@@ -246,7 +246,11 @@ def test_what_leaves_is_the_merged_model(
 def test_a_run_trains_the_adapter_and_leaves_a_model_to_evaluate(
     tmp_path: Path, make_recipe: MakeRecipe, run_hsd: RunHsd
 ) -> None:
-    changes = {"adapter": {"rank": 2}, "objective": {"teacher": "initial"}}
+    changes = {
+        "adapter": {"rank": 2},
+        "objective": {"teacher": "initial"},
+        "sharding": {"activation_checkpointing": True},
+    }
     recipe, run = make_recipe(tmp_path, changes), tmp_path / "run"
     assert run_hsd("train", recipe, "--run-dir", run) == 0
     _, info = AutoModelForCausalLM.from_pretrained(run / "checkpoint", output_loading_info=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from hsd import loop, resume, session, train
@@ -84,6 +86,15 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert all(torch.equal(own[name], other[name]) for name in own)
 
 
+def parts(folder: Path) -> set[str]:
+    """The first words of the names of the tensors in a checkpoint."""
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            names |= {name.split(".")[0] for name in opened.keys()}  # noqa: SIM118
+    return names
+
+
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
     """Does something in the middle of a step, from 0."""
     original = loop.train_step
@@ -98,18 +109,33 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], Non
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "kind", "rank"),
+    ("number", "code", "kind", "changes", "still"),
     [
-        (signal.SIGTERM, 143, "llama", 0),
-        (signal.SIGINT, 130, "llama-tied", 0),
-        (signal.SIGTERM, 143, "llama-tied", 2),
+        (signal.SIGTERM, 143, "llama", {}, set()),
+        (signal.SIGINT, 130, "llama-tied", {}, set()),
+        (
+            signal.SIGTERM,
+            143,
+            "llama",
+            {"objective": {"ref_coef": 0.1}, "rollout": {}},
+            {"reference"},
+        ),
+        (
+            signal.SIGTERM,
+            143,
+            "llama-tied",
+            {"objective": {"teacher": "initial", "ref_refresh_every": 1}, "rollout": {}},
+            {"teacher"},
+        ),
+        (signal.SIGTERM, 143, "llama-tied", {"adapter": {"rank": 2}}, {"model"}),
     ],
 )
 def test_a_signal_ends_the_step_and_the_run_resumes_bit_by_bit(
     number: signal.Signals,
     code: int,
     kind: str,
-    rank: int,
+    changes: dict[str, Any],
+    still: set[str],
     go: Go,
     run_hsd: RunHsd,
     make_model: Callable[..., Any],
@@ -122,13 +148,14 @@ def test_a_signal_ends_the_step_and_the_run_resumes_bit_by_bit(
     model = {"name": str(tmp_path / "model")}
     with monkeypatch.context() as patch:
         at_step(patch, 1, lambda: os.kill(os.getpid(), number))
-        status, run = go(checkpoint_every=0, model=model, adapter={"rank": rank})
+        status, run = go(checkpoint_every=0, model=model, **changes)
     assert status == code
     assert [step for step, _ in whole_checkpoints(run / "resume")] == [2]
     assert weights(run)
+    assert parts(run / "resume" / "initial") == still
     assert run_hsd("train", "--resume", run) == 0
     assert not (run / "resume").exists()
-    assert_same_run(run, go(name="whole", model=model, adapter={"rank": rank})[1])
+    assert_same_run(run, go(name="whole", model=model, **changes)[1])
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -152,11 +179,12 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(
     assert_same_run(run, go(name="whole")[1])
 
 
+@pytest.mark.parametrize("changes", [{}, {"adapter": {"rank": 2}}], ids=["all", "adapter"])
 def test_a_killed_run_resumes_from_a_whole_checkpoint_bit_by_bit(
-    tmp_path: Path, go: Go, make_recipe: MakeRecipe
+    changes: dict[str, Any], tmp_path: Path, go: Go, make_recipe: MakeRecipe
 ) -> None:
     """kill -9 at random moments of steps and of saves; HSD_KILLS of them."""
-    recipe = make_recipe(tmp_path / "recipe", {**STATEFUL, "steps": 3 * KILLS})
+    recipe = make_recipe(tmp_path / "recipe", {**STATEFUL, **changes, "steps": 3 * KILLS})
     script = Path(__file__).with_name("kill_runs.py")
     done = subprocess.run(
         [sys.executable, script, recipe, tmp_path / "killed", str(KILLS)],
@@ -170,7 +198,7 @@ def test_a_killed_run_resumes_from_a_whole_checkpoint_bit_by_bit(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        assert_same_run(tmp_path / "killed", go(name="whole", steps=3 * KILLS)[1])
+        assert_same_run(tmp_path / "killed", go(name="whole", steps=3 * KILLS, **changes)[1])
     finally:
         torch.set_num_threads(threads)
 
@@ -178,7 +206,7 @@ def test_a_killed_run_resumes_from_a_whole_checkpoint_bit_by_bit(
 def test_what_changes_after_a_save_is_called_is_not_in_it(tmp_path: Path) -> None:
     value = torch.arange(1_000_000.0)
     checkpoints = Checkpoints(tmp_path, ALONE, keep=1)
-    checkpoints.save(1, {"a": {"b": value}}, shared={}, own={})
+    checkpoints.save(1, {"a": {"b": value}}, shared={}, own={}, still={})
     value.zero_()
     checkpoints.close()
     loaded = {"a": {"b": torch.empty(1_000_000)}}
@@ -186,10 +214,27 @@ def test_what_changes_after_a_save_is_called_is_not_in_it(tmp_path: Path) -> Non
     assert torch.equal(loaded["a"]["b"], torch.arange(1_000_000.0))
 
 
+def test_what_never_changes_is_written_by_the_first_save_alone(tmp_path: Path) -> None:
+    def save(step: int, value: float) -> float:
+        checkpoints = Checkpoints(tmp_path, ALONE, keep=2)
+        still = {"a": torch.full((2,), value)}
+        checkpoints.save(step, {"b": torch.ones(2)}, shared={}, own={}, still=still)
+        checkpoints.close()
+        found = {"a": torch.empty(2)}
+        load_tensors(tmp_path / "initial", found, ALONE)
+        return float(found["a"][0])
+
+    assert [save(1, 1.0), save(2, 2.0)] == [1.0, 1.0]
+    for _, path in whole_checkpoints(tmp_path):
+        shutil.rmtree(path)
+    # What was left by a run that was killed before its first checkpoint.
+    assert save(1, 3.0) == 3.0
+
+
 def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, ALONE, keep=2)
     for step in (1, 2, 10):
-        checkpoints.save(step, {"a": torch.ones(2)}, shared={}, own={})
+        checkpoints.save(step, {"a": torch.ones(2)}, shared={}, own={}, still={})
     checkpoints.close()
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000002", "step-00000010"}
 
@@ -198,14 +243,14 @@ def test_a_save_that_fails_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoints = Checkpoints(tmp_path, ALONE, keep=1)
-    checkpoints.save(1, {"a": torch.ones(2)}, shared={}, own={})
+    checkpoints.save(1, {"a": torch.ones(2)}, shared={}, own={}, still={})
     checkpoints.wait()
 
     def full(path: Path) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr("hsd.distributed.checkpoint._sync", full)
-    checkpoints.save(2, {"a": torch.zeros(2)}, shared={}, own={})
+    checkpoints.save(2, {"a": torch.zeros(2)}, shared={}, own={}, still={})
     with pytest.raises(OSError, match="disk full"):
         checkpoints.close()
     ((step, path),) = whole_checkpoints(tmp_path)
@@ -216,7 +261,7 @@ def test_a_save_that_fails_leaves_the_one_before(
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, ALONE, keep=1)
-    checkpoints.save(1, {"a": torch.ones(2)}, shared={}, own={})
+    checkpoints.save(1, {"a": torch.ones(2)}, shared={}, own={}, still={})
     checkpoints.close()
     for target in ({"a": torch.ones(3)}, {"b": torch.ones(2)}):
         with pytest.raises(ValueError, match="found no checkpoint of this run's model"):

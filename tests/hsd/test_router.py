@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from hsd.config import ObjectiveConfig
+from hsd.metrics import read_json_lines
 from hsd.objective.step import SUMS, accumulate_gradients
 from hsd.policy import head
 from hsd.policy.layers import checkpoint_activations
@@ -141,6 +143,24 @@ def test_a_coefficient_of_zero_computes_nothing(
     )
     assert gradients(policy, [make_row(0)], objective, 100)[1]["router_aux"] == 0
     assert calls and all("output_router_logits" not in kwargs for kwargs in calls)
+
+
+def test_a_run_reports_it_and_leaves_a_model(
+    tmp_path: Path, tokenizer: Any, make_recipe: Callable[..., Path], run_hsd: Callable[..., int]
+) -> None:
+    make("qwen3", ObjectiveConfig()).model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    changes = {
+        "model": {"name": str(tmp_path / "model")},
+        "objective": {"router_aux_coef": 0.01},
+        "sharding": {"activation_checkpointing": True},
+    }
+    recipe, run = make_recipe(tmp_path, changes), tmp_path / "run"
+    assert run_hsd("train", recipe, "--run-dir", run) == 0
+    steps = [each for each in read_json_lines(run / "metrics.jsonl") if each["kind"] == "step"]
+    assert all(1 < each["router_aux_loss"] < 4 for each in steps)  # 2 of 4 experts: 2 in balance
+    _, info = AutoModelForCausalLM.from_pretrained(run / "checkpoint", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
 def test_a_dense_model_has_no_coefficient(make_model: Callable[..., Any]) -> None:

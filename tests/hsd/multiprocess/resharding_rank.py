@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
+from hsd.config import Config
 from hsd.data.peers import PeerConfig, PeerPolicy
 from hsd.distributed.checkpoint import Checkpoints, whole_checkpoints
 from hsd.distributed.process import World, join_world
@@ -34,6 +35,7 @@ def sharded_trainer(world: World) -> Trainer:
     model, initial = sharded(), sharded()
     parts = {
         "world": world,
+        "config": Config(),
         "policy": SimpleNamespace(model=model, initial=initial, teacher=model),
         "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
         "peers": PeerPolicy(PeerConfig(), seed=0),
@@ -64,7 +66,8 @@ def write() -> int:
     step(trainer, 0)
     step(trainer, 1)
     state = shared_state(trainer, Position(step=2))
-    checkpoints.save(2, tensors_of(trainer), shared=state, own=own_state())
+    moving, still = tensors_of(trainer)
+    checkpoints.save(2, moving, still=still, shared=state, own=own_state())
     step(trainer, 2)  # while it is written
     checkpoints.close()
     save_whole(trainer, "write")

@@ -127,8 +127,20 @@ SPARSE = {
         FILTERED,
         {"rollout": {"questions_per_step": 3}, "peers": {"source": "buffer"}},
         SPARSE,
+        {
+            "rollout": {"questions_per_step": 3},
+            "adapter": {"rank": 2},
+            "objective": {"teacher": "ema"},
+        },
     ],
-    ids=["uneven ranks", "an idle rank", "filtered groups and two updates", "buffer", "sparse"],
+    ids=[
+        "uneven ranks",
+        "an idle rank",
+        "filtered groups and two updates",
+        "buffer",
+        "sparse",
+        "adapter",
+    ],
 )
 def test_two_ranks_train_as_one(
     changes: dict[str, Any],
