@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from hsd.config import Config, ModelConfig, ObjectiveConfig
+from hsd.distributed.budget.command import BudgetArguments, scenario_of
 from hsd.distributed.config import ShardingConfig
 from hsd.distributed.fsdp import whole_weights
 from hsd.distributed.process import World
@@ -275,6 +276,8 @@ def test_what_cannot_be_adapted_is_named(
         AdapterConfig(alpha=8.0)
     with pytest.raises(ValueError, match=r"adapter\.rank: found 3, expected 0 with sharding"):
         Config(adapter=ADAPTER, sharding=ShardingConfig(mode="full"))
+    with pytest.raises(ValueError, match=r"adapter\.rank: found 3, expected 0: a budget"):
+        scenario_of(Config(adapter=ADAPTER), BudgetArguments(recipe=Path("any.toml")))
 
 
 def test_of_a_mixture_of_experts_attention_is_adapted(tmp_path: Path) -> None:
