@@ -28,7 +28,7 @@ from hsd.distributed.process import World
 from hsd.policy.head import response_hidden
 from hsd.policy.packing import TrainingRow
 from hsd.recipe import load_recipe, to_dict
-from hsd.rollout.groups import Group, GroupSampler, choose_peers
+from hsd.rollout.groups import Group, choose_peers
 from hsd.train import train_step
 from hsd.trainer import Trainer, prepare
 
@@ -44,18 +44,9 @@ def collect(trainer: Trainer, tokens: int, step: int) -> list[TrainingRow]:
     """Rollouts that have a peer, with `tokens` response tokens at least, sampled from `step` on."""
     config, world = trainer.config, trainer.world
     stream = question_stream(trainer.task.train, config.seed + 1)
-    sampler = GroupSampler(
-        config=config,
-        engine=trainer.engine,
-        tokenizer=trainer.tokenizer,
-        contexts=trainer.contexts,
-        judge=trainer.verifiers.judge,
-        sampling=trainer.sampling,
-        world=world,
-    )
     rows: list[TrainingRow] = []
     while sum(len(row.response) for row in rows) < tokens:
-        groups = sampler.sample(stream, step)
+        groups = trainer.sampler.sample(stream, step)
         peers = choose_peers(trainer.peers, groups, world)
         before = len(rows)
         for group, shown in zip(groups, peers, strict=True):

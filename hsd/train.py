@@ -26,7 +26,7 @@ from hsd.objective.measures import step_metrics
 from hsd.objective.step import SUMS, accumulate_gradients
 from hsd.policy.optimizer import clipped_step, learning_rate
 from hsd.policy.teachers import after_update
-from hsd.rollout.groups import Group, GroupSampler, choose_peers, step_totals
+from hsd.rollout.groups import Group, choose_peers, step_totals
 from hsd.trainer import Trainer
 
 Judged: TypeAlias = tuple[Group, list[JudgedRollout]]
@@ -101,16 +101,7 @@ def train_step(
     """
     config, world = trainer.config, trainer.world
     started = time.perf_counter()
-    sampler = GroupSampler(
-        config=config,
-        engine=trainer.engine,
-        tokenizer=trainer.tokenizer,
-        contexts=trainer.contexts,
-        judge=trainer.verifiers.judge,
-        sampling=trainer.sampling,
-        world=world,
-    )
-    groups = sampler.sample(stream, step)
+    groups = trainer.sampler.sample(stream, step)
     trainer.engine.sleep()
     kept = [group for group in groups if group.place >= 0]
     sampled = time.perf_counter()

@@ -28,6 +28,7 @@ from hsd.policy.optimizer import adamw
 from hsd.policy.precision import compute_dtype
 from hsd.policy.teachers import Policy, make_adapted_policy, make_policy
 from hsd.rollout.engines import check_engine, make_engine
+from hsd.rollout.groups import GroupSampler
 from hsd.rollout.protocol import RolloutEngine, Sampling
 from hsd.rollout.replay import Replay
 from hsd.warmup import warm_up
@@ -54,6 +55,18 @@ class Trainer:
     @property
     def sampling(self) -> Sampling:
         return _sampling(self.config)
+
+    @property
+    def sampler(self) -> GroupSampler:
+        return GroupSampler(
+            config=self.config,
+            engine=self.engine,
+            tokenizer=self.tokenizer,
+            contexts=self.contexts,
+            judge=self.verifiers.judge,
+            sampling=self.sampling,
+            world=self.world,
+        )
 
 
 def prepare(
