@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from hsd.distributed.fsdp import (
     synchronise_head,
 )
 from hsd.objective.config import ObjectiveConfig
+from hsd.objective.micro_batch import Tokens, hidden_states, response_tokens, teacher_head
 from hsd.objective.mismatch import mismatch_factors
 from hsd.objective.schedule import value_at
 from hsd.objective.token_loss import (
@@ -27,11 +29,9 @@ from hsd.objective.token_loss import (
     TokenLossOptions,
     out_of_range,
 )
-from hsd.policy.adapters import computing_with
-from hsd.policy.head import response_hidden, routed_hidden
 from hsd.policy.packing import TrainingRow, merge_equal, micro_batches, without_idle_ends
 from hsd.policy.teachers import Policy
-from hsd_kernels import fused_hsd_loss
+from hsd_kernels import TokenStatistics, fused_hsd_loss
 
 SUMS = (
     "loss",
@@ -104,59 +104,30 @@ def _micro_batch(
     step: int,
 ) -> tuple[Tensor, float]:
     reference = objective.reads_reference(step)
-    student_hidden, balance, others = _hidden_states(policy, batch, reference=reference)
-    device = student_hidden.device
-    weights = torch.tensor([w for row in batch for w in row.weights], device=device)
-    engine = torch.tensor([value for row in batch for value in row.logprobs], device=device)
-    taught = torch.tensor([t for row in batch for t in _distilled(policy, row)], device=device)
-    lengths = [len(row.response) for row in batch]
-    advantages = torch.tensor([row.advantage for row in batch for _ in row.response], device=device)
+    student_hidden, balance, others = hidden_states(policy, batch, reference=reference)
+    tokens = response_tokens(policy, batch, device=student_hidden.device)
     head = policy.head
     common: dict[str, Any] = {
-        "targets": torch.tensor([t for row in batch for t in row.response], device=device),
-        "token_weights": weights,
+        "targets": tokens.targets,
+        "token_weights": tokens.weights,
         "logit_scale": head.logit_scale,
         "logit_softcap": head.logit_softcap,
         "temperature": temperature,
         "max_chunk_bytes": objective.max_chunk_bytes,
     }
+    log_probs = partial(
+        _log_probs, policy, student_hidden.detach(), others["teacher_hidden"], common
+    )
     if objective.corrects_mismatch:
-        own, _ = _log_probs(policy, student_hidden.detach(), others["teacher_hidden"], common)
-        weights = weights * mismatch_factors(
-            own - engine,
-            lengths,
-            weights != 0,
-            importance_cap=objective.importance_cap,
-            sequence_mask=objective.sequence_mask,
-        )
-        common["token_weights"] = weights
-    terms = _divergence_terms(policy, objective, step, taught)
+        tokens = _corrected(tokens, objective, log_probs()[0])
+        common["token_weights"] = tokens.weights
+    terms = _divergence_terms(policy, objective, step, tokens.taught)
     if reference:
         terms["ref_coef"] = value_at(objective.ref_coef, step)
     gradient = PolicyGradient(arguments={})
-    pg_coef = value_at(objective.pg_coef, step)
     if objective.has_policy_gradient:
-        logprob = teacher_logprob = None
-        if objective.token_loss in NEEDS_STATISTICS:
-            logprob, teacher_logprob = _log_probs(
-                policy, student_hidden.detach(), others["teacher_hidden"], common
-            )
-        tokens = TokenBatch(
-            lengths=lengths,
-            advantages=advantages,
-            old_logprobs=engine,
-            own=weights != 0,
-            distilled=taught,
-            logprob=logprob,
-            teacher_logprob=teacher_logprob,
-        )
-        options = TokenLossOptions(
-            clip_range=objective.clip_range,
-            teacher_mix=value_at(objective.teacher_mix, step),
-            teacher_clip=objective.teacher_clip,
-        )
-        gradient = TOKEN_LOSSES[objective.token_loss](tokens, options)
-        terms["pg_coef"] = pg_coef
+        gradient = _policy_gradient(tokens, objective, step, log_probs)
+        terms["pg_coef"] = value_at(objective.pg_coef, step)
     out = fused_hsd_loss(
         student_hidden,  # (N, D)
         weight=head.weight,  # (V, D)
@@ -168,91 +139,34 @@ def _micro_batch(
         **gradient.arguments,
     )
     # What the loss has read would stay through the backward of the layers.
-    del student_hidden, others
+    del student_hidden, others, log_probs
     # A sequence is as heavy in it as in the rest of the loss: no split and no merging changes that.
-    shares = torch.tensor([sum(row.weights) for row in batch], device=device)
+    shares = torch.tensor([sum(row.weights) for row in batch], device=tokens.weights.device)
     router_aux = shares.new_zeros(()) if balance is None else (shares * balance).sum()
     total = out.loss + policy.router_coef * router_aux
     total.backward()  # type: ignore[no-untyped-call]
 
-    stats = out.stats
-    computed = stats.computed
-    logprob = _given(stats.logprob)
-    gap = (logprob - engine)[computed].abs()
-    clipped = gradient.clipped
-    if clipped is None:
-        clipped = out_of_range(torch.exp(logprob - engine), advantages, objective.clip_range)
     loss = total.detach().double()
     if gradient.constant is not None:
-        loss = loss + pg_coef * (weights * gradient.constant).double().sum()
-    taught = taught & computed
-    sums = torch.stack(
-        [
-            loss,
-            _weighted_sum(weights, stats.kl, taught),
-            _weighted_sum(weights, stats.ref_kl, computed),
-            _weighted_sum(weights, stats.entropy, computed),
-            weights[computed].double().sum(),
-            computed.double().sum(),
-            gap.double().sum(),
-            _weighted_sum(torch.ones_like(weights), stats.top1_agree, taught),
-            weights[taught].double().sum(),
-            taught.double().sum(),
-            clipped[computed].double().sum(),
-            router_aux.detach().double(),
-        ]
+        constant = (tokens.weights * gradient.constant).double().sum()
+        loss = loss + value_at(objective.pg_coef, step) * constant
+    clipped = gradient.clipped
+    if clipped is None:
+        ratio = torch.exp(_given(out.stats.logprob) - tokens.engine_logprobs)
+        clipped = out_of_range(ratio, tokens.advantages, objective.clip_range)
+    return _sums(tokens, out.stats, loss=loss, clipped=clipped, router_aux=router_aux.detach())
+
+
+def _corrected(tokens: Tokens, objective: ObjectiveConfig, logprob: Tensor) -> Tokens:
+    """Weights that correct for the mismatch of engine and policy, whose log-probs are given."""
+    factors = mismatch_factors(
+        logprob - tokens.engine_logprobs,
+        tokens.lengths,
+        tokens.weights != 0,
+        importance_cap=objective.importance_cap,
+        sequence_mask=objective.sequence_mask,
     )
-    return sums.cpu(), float(gap.max()) if len(gap) else 0.0
-
-
-def _distilled(policy: Policy, row: TrainingRow) -> Sequence[bool]:
-    if policy.teacher is None:
-        return [False] * len(row.response)
-    return [True] * len(row.response) if row.distilled is None else row.distilled
-
-
-def _hidden_states(
-    policy: Policy, batch: Sequence[TrainingRow], *, reference: bool
-) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
-    """(N, D) of the policy, and (B,) what `routed_hidden` gives beside it.
-
-    And those of teacher and reference with their heads, as arguments.
-    """
-    responses = [row.response for row in batch]
-    student_prompts = [row.student_prompt for row in batch]
-    hidden_of = partial(response_hidden, compute_dtype=policy.compute_dtype, packed=policy.packed)
-    others: dict[str, Any] = {"teacher_hidden": None}
-    with torch.no_grad():
-        if policy.teacher is not None:
-            teacher_prompts = [row.teacher_prompt for row in batch]
-            with computing_with(policy.teacher, policy.teacher_adapter):
-                others["teacher_hidden"] = hidden_of(policy.teacher, teacher_prompts, responses)
-        if reference:
-            with computing_with(policy.initial, policy.initial_adapter):
-                others["ref_hidden"] = hidden_of(policy.initial, student_prompts, responses)
-            others["ref_weight"] = policy.initial_head.weight
-            others["ref_bias"] = policy.initial_head.bias
-    others |= _teacher_head(policy)
-    student, balance = routed_hidden(
-        policy.model,
-        student_prompts,
-        responses,
-        compute_dtype=policy.compute_dtype,
-        packed=policy.packed,
-        balance=policy.router_coef != 0,
-    )
-    return student, balance, others
-
-
-def _teacher_head(policy: Policy) -> dict[str, Any]:
-    """The teacher's own head, where it is not the policy's."""
-    if policy.teacher_head is None or policy.teacher is policy.model:
-        return {}
-    bias = policy.teacher_head.bias
-    return {
-        "teacher_weight": policy.teacher_head.weight.detach(),
-        "teacher_bias": None if bias is None else bias.detach(),
-    }
+    return replace(tokens, weights=tokens.weights * factors)
 
 
 def _divergence_terms(
@@ -271,6 +185,33 @@ def _divergence_terms(
     return terms
 
 
+def _policy_gradient(
+    tokens: Tokens,
+    objective: ObjectiveConfig,
+    step: int,
+    log_probs: Callable[[], tuple[Tensor, Tensor | None]],
+) -> PolicyGradient:
+    """The token loss that the objective names, of the tokens at hand."""
+    logprob = teacher_logprob = None
+    if objective.token_loss in NEEDS_STATISTICS:
+        logprob, teacher_logprob = log_probs()
+    batch = TokenBatch(
+        lengths=tokens.lengths,
+        advantages=tokens.advantages,
+        old_logprobs=tokens.engine_logprobs,
+        own=tokens.weights != 0,
+        distilled=tokens.taught,
+        logprob=logprob,
+        teacher_logprob=teacher_logprob,
+    )
+    options = TokenLossOptions(
+        clip_range=objective.clip_range,
+        teacher_mix=value_at(objective.teacher_mix, step),
+        teacher_clip=objective.teacher_clip,
+    )
+    return TOKEN_LOSSES[objective.token_loss](batch, options)
+
+
 @torch.no_grad()
 def _log_probs(
     policy: Policy, student_hidden: Tensor, teacher_hidden: Tensor | None, common: dict[str, Any]
@@ -283,9 +224,35 @@ def _log_probs(
         bias=policy.head.bias,
         advantages=torch.zeros(len(student_hidden), device=student_hidden.device),
         **common,
-        **_teacher_head(policy),
+        **teacher_head(policy),
     ).stats
     return _given(stats.logprob), stats.teacher_logprob
+
+
+def _sums(
+    tokens: Tokens, stats: TokenStatistics, *, loss: Tensor, clipped: Tensor, router_aux: Tensor
+) -> tuple[Tensor, float]:
+    """The numbers of `SUMS`, and the largest gap between engine and policy, nats."""
+    weights, computed = tokens.weights, stats.computed
+    taught = tokens.taught & computed
+    gap = (_given(stats.logprob) - tokens.engine_logprobs)[computed].abs()
+    sums = torch.stack(
+        [
+            loss,
+            _weighted_sum(weights, stats.kl, taught),
+            _weighted_sum(weights, stats.ref_kl, computed),
+            _weighted_sum(weights, stats.entropy, computed),
+            weights[computed].double().sum(),
+            computed.double().sum(),
+            gap.double().sum(),
+            _weighted_sum(torch.ones_like(weights), stats.top1_agree, taught),
+            weights[taught].double().sum(),
+            taught.double().sum(),
+            clipped[computed].double().sum(),
+            router_aux.double(),
+        ]
+    )
+    return sums.cpu(), float(gap.max()) if len(gap) else 0.0
 
 
 def _weighted_sum(weights: Tensor, values: Tensor | None, chosen: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class Policy:
     initial_head: OutputHead
     compute_dtype: torch.dtype
     packed: bool = False
-    router_coef: float = 0.0  # of the load-balancing loss
+    router_coef: float = 0.0
     teacher_adapter: str = POLICY
     initial_adapter: str = POLICY
 

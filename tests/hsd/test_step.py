@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hsd.config import ObjectiveConfig
-from hsd.objective import step
+from hsd.objective import micro_batch, step
 from hsd.objective.step import SUMS, accumulate_gradients
 from hsd.policy.head import response_hidden
 from hsd.policy.packing import TrainingRow, micro_batches, without_idle_ends
@@ -342,7 +342,7 @@ def test_rows_and_tails_without_weight_enter_no_model(
         seen.extend(responses)
         return response_hidden(model, prompts, responses, **options)
 
-    monkeypatch.setattr(step, "response_hidden", recorded)
+    monkeypatch.setattr(micro_batch, "response_hidden", recorded)
     idle = make_row(0, weights=(0.0,) * 4)
     window = make_row(1, weights=(0.5, 0.5, 0.0, 0.0))
     accumulated(make_policy(), [idle, window], ObjectiveConfig())
@@ -392,7 +392,7 @@ def test_what_only_the_loss_reads_is_gone_when_layers_run_backward(
             hidden.append(weakref.ref(states))
         return states
 
-    monkeypatch.setattr(step, "response_hidden", recorded)
+    monkeypatch.setattr(micro_batch, "response_hidden", recorded)
     (first, *_) = policy.model.base_model.layers.parameters()
     first.register_post_accumulate_grad_hook(
         lambda _: alive.extend(each for each in hidden if each() is not None)
