@@ -17,8 +17,8 @@ from hsd.distributed.config import ShardingConfig
 from hsd.logs.config import LoggingConfig
 from hsd.objective.config import ObjectiveConfig
 from hsd.policy.config import AdapterConfig
-from hsd.recovery import RecoveryConfig
 from hsd.rollout.config import EngineConfig
+from hsd.run.config import RecoveryConfig
 
 
 @dataclass(frozen=True, kw_only=True)

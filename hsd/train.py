@@ -3,8 +3,8 @@
     questions -> rollouts -> rewards -> group filter -> peers -> contexts, advantages, weights ->
     hidden states -> fused loss -> optimiser -> teachers -> weights back to the engine
 
-`hsd train RECIPE` and `torchrun --nproc-per-node N -m hsd.train RECIPE` run it; hsd/loop.py repeats
-the step.
+`hsd train RECIPE` and `torchrun --nproc-per-node N -m hsd.train RECIPE` run it; hsd/run/loop.py
+repeats the step.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _gathered(world: World, judged: list[Judged], groups: Sequence[Group]) -> li
 
 def main(argv: list[str]) -> int:
     """`hsd train RECIPE ...`; returns the exit code."""
-    from hsd.loop import run  # it repeats the step that this module holds
+    from hsd.run.loop import run  # it repeats the step that this module holds
 
     return run(argv)
 

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hsd import loop
 from hsd.distributed.checkpoint import whole_checkpoints
-from hsd.resume import read_position
+from hsd.run import loop
+from hsd.run.resume import read_position
 
 recipe, run, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 rng = random.Random(0)

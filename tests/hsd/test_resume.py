@@ -18,11 +18,12 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from hsd import loop, resume, session, train
+from hsd import train
 from hsd.data.peers import Attempt, PeerConfig, PeerPolicy
 from hsd.distributed.checkpoint import Checkpoints, load_tensors, whole_checkpoints
 from hsd.distributed.process import World
 from hsd.metrics import read_json_lines
+from hsd.run import loop, resume, session
 
 MakeRecipe = Callable[..., Path]
 RunHsd = Callable[..., int]

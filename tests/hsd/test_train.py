@@ -13,10 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hsd import loop, session, train, trainer
+from hsd import train, trainer
 from hsd.data.questions import question_stream
 from hsd.metrics import JsonLines, read_json_lines
 from hsd.recipe import config_from_dict, parse_arguments
+from hsd.run import loop, session
 
 MakeRecipe = Callable[..., Path]
 RunHsd = Callable[..., int]

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hsd import loop
+from hsd.run import loop
 
 how, run, *words = sys.argv[1:]
 original = loop.train_step

@@ -43,6 +43,6 @@ def run_ranks(ranks: int, action: Callable[[], int]) -> None:
 
 
 if __name__ == "__main__":
-    from hsd import loop
+    from hsd.run import loop
 
     run_ranks(int(sys.argv[1]), lambda: loop.run(sys.argv[2:]))

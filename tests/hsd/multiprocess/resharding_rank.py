@@ -18,7 +18,7 @@ from hsd.config import Config
 from hsd.data.peers import PeerConfig, PeerPolicy
 from hsd.distributed.checkpoint import Checkpoints, whole_checkpoints
 from hsd.distributed.process import World, join_world
-from hsd.resume import Position, own_state, restore, shared_state, tensors_of
+from hsd.run.resume import Position, own_state, restore, shared_state, tensors_of
 from hsd.trainer import Trainer
 
 folder = Path(sys.argv[1])

@@ -13,17 +13,17 @@ from hsd.distributed.checkpoint import Checkpoints, whole_checkpoints
 from hsd.distributed.failure import is_first_to_fail, leave_at_once, lost_another_rank
 from hsd.distributed.process import World, join_world, leave_world
 from hsd.evaluate import accuracy_table
-from hsd.launch import Launch, parse_launch
 from hsd.metrics import StepProgress
-from hsd.profiling import profiled
 from hsd.recipe import print_error, to_dict
-from hsd.resume import Position, Questions, read_position, restore
 from hsd.rollout.protocol import EngineError
 from hsd.rollout.replay import ReplayError
-from hsd.run import STATES, RunFolder
+from hsd.run.folder import STATES, RunFolder
+from hsd.run.launch import Launch, parse_launch
+from hsd.run.profiling import profiled
+from hsd.run.resume import Position, Questions, read_position, restore
+from hsd.run.session import Session
+from hsd.run.stopping import Stopped, Stopping
 from hsd.scores import gain
-from hsd.session import Session
-from hsd.stopping import Stopped, Stopping
 from hsd.train import NotFinite, train_step
 from hsd.trainer import prepare
 

@@ -11,16 +11,16 @@ from rich.console import Console
 from hsd.distributed.checkpoint import Checkpoints
 from hsd.distributed.fsdp import is_sharded, whole_weights
 from hsd.evaluate import evaluate
-from hsd.launch import Launch
 from hsd.logs.completions import completion_rows, completions_table
 from hsd.metrics import sample_table
 from hsd.objective.batch import JudgedRollout
 from hsd.policy.adapters import has_adapters
-from hsd.resume import Position, Questions, own_state, shared_state, tensors_of
 from hsd.rollout.groups import Group
-from hsd.run import RunFolder
+from hsd.run.folder import RunFolder
+from hsd.run.launch import Launch
+from hsd.run.resume import Position, Questions, own_state, shared_state, tensors_of
+from hsd.run.stopping import Stopping
 from hsd.scores import Evaluation
-from hsd.stopping import Stopping
 from hsd.trainer import Trainer
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from hsd.config import Config
 from hsd.distributed.checkpoint import read_json
 from hsd.recipe import config_from_dict, fail, parse_arguments
-from hsd.run import STATES
+from hsd.run.folder import STATES
 
 
 @dataclass(frozen=True, kw_only=True)
