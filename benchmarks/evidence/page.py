@@ -162,7 +162,7 @@ def _commands(plan: Plan) -> list[Part]:
         if job.complete(plan.folder, seed):
             status = f"{minutes[name]:.1f} min" if name in minutes else "complete"
         else:
-            status = NOT_RUN if job.minutes is None else f"{NOT_RUN} (about {job.minutes:g} min)"
+            status = NOT_RUN
         rows.append([name, status])
         lines += [_shown(command) for command, _ in job.commands(plan.folder, seed)]
     return [

@@ -29,7 +29,6 @@ class Job:
         seeds: one run each.
         flags: further arguments of `hsd train`.
         groups, contexts: of `hsd credit`.
-        minutes: what a run takes, as far as is known; shown until it was run.
     """
 
     kind: Literal["train", "credit"]
@@ -39,7 +38,6 @@ class Job:
     flags: tuple[str, ...] = ()
     groups: int = 64
     contexts: tuple[str, ...] = ("answer_peer", "answer")
-    minutes: float | None = None
 
     def folder_name(self, seed: int) -> str:
         return f"{self.name}-seed{seed}"

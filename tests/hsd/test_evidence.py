@@ -142,7 +142,6 @@ seeds = [0, 1]
 kind = "train"
 name = "broken"
 recipe = "{tmp_path}/gone.toml"
-minutes = 3
 [[claims]]
 claim = "it learns"
 better = "hsd"
@@ -175,7 +174,7 @@ def test_it_runs_what_is_missing_and_nothing_twice(tmp_path: Path, plan_file: Pa
     (cut_off / "metrics.jsonl").write_text("")
     assert main([str(plan_file)]) == 1  # the broken one
     text = page.read_text()
-    assert "| broken-seed0 | not run yet (about 3 min) |" in text
+    assert "| broken-seed0 | not run yet |" in text
     assert "| it is better | not run yet | - |" in text
     assert "| it learns | not run yet" not in text
     assert f"| {OPEN} | 2 failing rollouts with a peer |" in text or "failing rollouts" in text
