@@ -140,7 +140,7 @@ def _fake(student: Tensor, weight: Tensor, *_arguments: Any, **named: Any) -> tu
     return (
         new(),
         new(len(STATISTICS), count),
-        new(2, count),
+        new(3, count),
         student.new_empty((2, count, a["top_k"]), dtype=torch.int64),
         new(2, count, a["top_k"]),
         new(*student.shape) if a["want_student"] else new(0),

@@ -30,6 +30,7 @@ class TokenStatistics:
         top1_agree: 1 where both sides share their most likely token, else 0.
         gradient_mass: L1 norm of the token's logit gradient; None where none was formed.
         dropped_mass: the part of it that a sparse backward dropped.
+        kept_columns: of the vocabulary, that the backward of the token's chunk ran on.
         computed: bool, whether the row entered the computation.
         top_ids, top_logprobs, teacher_top_ids, teacher_top_logprobs: (..., top_k) the most likely
             tokens of each side, -1 and NaN where not computed; None with top_k 0.
@@ -49,6 +50,7 @@ class TokenStatistics:
     top1_agree: Tensor | None
     gradient_mass: Tensor | None
     dropped_mass: Tensor | None
+    kept_columns: Tensor | None
     computed: Tensor
     top_ids: Tensor | None
     top_logprobs: Tensor | None
@@ -57,6 +59,7 @@ class TokenStatistics:
 
 
 _STATISTICS_FIELDS = tuple(field.name for field in fields(TokenStatistics))
+_OF_GRADIENT = ("gradient_mass", "dropped_mass", "kept_columns")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +95,7 @@ def output(
         loss: ().
         statistics: name -> (N,).
         plan_record: of the plan that ran.
-        mass: (2, N) gradient mass and dropped mass, None where no gradient was formed.
+        mass: (3, N) in the order of `_OF_GRADIENT`; None where no gradient was formed.
         top_ids, top_logprobs: (2, N, k) of student and teacher.
     """
     rows = _computed_rows(problem)
@@ -101,8 +104,8 @@ def output(
         kl = problem.settings.loss_scalars[0] * statistics[problem.settings.divergence]
         statistics = {**statistics, "kl": kl}
     if mass is not None:
-        statistics = {**statistics, "gradient_mass": mass[0], "dropped_mass": mass[1]}
-        rows |= dict.fromkeys(("gradient_mass", "dropped_mass"), problem.active)
+        statistics = {**statistics, **dict(zip(_OF_GRADIENT, mass, strict=True))}
+        rows |= dict.fromkeys(_OF_GRADIENT, problem.active)
     for name, computed in rows.items():
         values[name] = statistics[name].detach().where(computed, torch.nan).reshape(lead)
     values["computed"] = problem.active.reshape(lead)

@@ -52,7 +52,7 @@ class Solution:
 
     loss: Tensor
     statistics: Tensor  # (len(STATISTICS), N)
-    mass: Tensor  # (2, N) L1 norm of each row's logit gradient, and the part of it that was dropped
+    mass: Tensor  # (3, N) L1 norm of a row's logit gradient, the part dropped, its columns kept
     top: TopK  # (2, N, k) student's and teacher's
     student_grad: Tensor | None  # (N, D)
     weight_grad: Tensor | None  # (V', D)
@@ -129,7 +129,7 @@ def _empty_solution(problem: Problem, wanted: Wanted, plan: Plan) -> Solution:
     return Solution(
         loss=new((), dtype=dtype),
         statistics=new((len(STATISTICS), count), dtype=dtype),
-        mass=new((2, count), dtype=dtype),
+        mass=new((3, count), dtype=dtype),
         top=TopK.empty(problem),
         student_grad=new((count, hidden_size), dtype=dtype) if wanted.student else None,
         weight_grad=head_grad if wanted.weight else None,
@@ -272,6 +272,7 @@ def _accumulate(
         gradient, head = gradient[:, columns], head[columns]
         kept = gradient.abs().sum(-1, dtype=solution.mass.dtype)
         solution.mass[1, rows] = (solution.mass[0, rows] - kept).clamp(min=0)
+    solution.mass[2, rows] = gradient.shape[1]
     if solution.student_grad is not None:
         own = solution.student_grad.new_empty((len(rows), head.shape[1]))
         multiply(gradient, head, own, rounded=rounded)

@@ -464,7 +464,7 @@ def test_statistics_are_nan_exactly_where_they_were_not_computed():
     with_reference = active & (arguments["ref_weights"] != 0)
     assert 0 < with_teacher.sum() < active.sum() < len(active)
     assert torch.equal(stats.computed, active)
-    for name in ("logprob", "entropy", "lse", "gradient_mass", "dropped_mass"):
+    for name in ("logprob", "entropy", "lse", "gradient_mass", "dropped_mass", "kept_columns"):
         assert torch.equal(~getattr(stats, name).isnan(), active), name
     for name in ("kl", "teacher_logprob", "teacher_entropy", "teacher_lse", "top1_agree"):
         assert torch.equal(~getattr(stats, name).isnan(), with_teacher), name

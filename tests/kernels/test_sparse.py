@@ -66,6 +66,16 @@ def test_a_chunk_that_needs_too_many_columns_runs_dense():
     assert sparse.plan.synchronisations == dense.plan.synchronisations + sparse.plan.chunks
 
 
+def test_kept_columns_are_those_that_the_gradient_of_the_head_has():
+    given = peaked() | {"sparse_tolerance": 0.05}
+    sparse, dense = solve(given), solve(peaked())
+    active = given["token_weights"] != 0
+    touched = int((sparse.gradients["weight"] != 0).any(-1).sum())
+    assert (sparse.stats.kept_columns[active] == touched).all() and touched < 300
+    assert (dense.stats.kept_columns[active] == 600).all()
+    assert sparse.stats.kept_columns[~active].isnan().all()
+
+
 def test_something_is_dropped_where_the_tolerance_allows_it():
     stats = solve(peaked() | {"sparse_tolerance": 0.05}).stats
     assert 0 < stats.dropped_mass.nansum() <= 0.05 * stats.gradient_mass.nansum()
