@@ -1,4 +1,4 @@
-"""Runs the plan of docs/evidence.md, one run at a time, and writes the page from what is there.
+"""Runs a plan, such as that of docs/evidence.md, one run at a time, and writes its page.
 
     python -m benchmarks.evidence benchmarks/evidence/plan.toml
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     plan.folder.mkdir(parents=True, exist_ok=True)
     failed: list[str] = []
     with locked(plan.folder / "lock"):
-        write_page(plan)
+        write_page(plan, arguments.plan)
         for job, seed in [] if arguments.page_only else plan.order():
             if job.complete(plan.folder, seed):
                 continue
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             if not run(plan, job, seed):
                 failed.append(job.folder_name(seed))
                 print(f"  failed: {log_path(plan, job, seed)}", flush=True)
-            write_page(plan)
+            write_page(plan, arguments.plan)
     print(f"page: {plan.page}")
     return 1 if failed else 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.plan import Job, Plan
@@ -30,24 +31,20 @@ from hsd.report.document import (
 from hsd.report.runs import Run, RunGroup, read_run
 
 
-def write_page(plan: Plan) -> None:
-    """Writes plan.page, and its images beside it."""
+def write_page(plan: Plan, plan_file: Path) -> None:
+    """Writes plan.page, and its images beside it; `plan_file` is what the plan was read from."""
     summaries = {job.name: _summary(plan, job) for job in plan.jobs if job.kind == "credit"}
     runs = {job.name: _finished(plan, job) for job in plan.jobs if job.kind == "train"}
     plan.page.parent.mkdir(parents=True, exist_ok=True)
     parts: list[Part] = [
-        Heading(text="What holds at the scale that runs here", level=1),
-        Paragraph(
-            text="The claims of arXiv 2606.15576 and of its critics, put to the test with a model "
-            "of 135M parameters on a CPU. Every verdict is computed from the data by a rule stated "
-            "below; negative results stay. The paper's models are 60 to 240 times as large."
-        ),
+        Heading(text=plan.title, level=1),
+        Paragraph(text=plan.about),
         *_verdicts(plan, summaries, runs),
     ]
     for name, summary in summaries.items():
         parts += _credit(plan, plan.job(name), summary)
     parts += _learning(plan, runs)
-    parts += _commands(plan)
+    parts += _commands(plan, plan_file)
     text = to_markdown(parts, folder=plan.page.parent)
     plan.page.write_text(text, encoding="utf-8")
 
@@ -83,7 +80,7 @@ def _verdicts(
     return [
         Heading(text="Verdicts"),
         Table(columns=["claim", "verdict", "numbers, 95 % intervals"], rows=rows),
-        Paragraph(text=CREDIT_RULES),
+        *([Paragraph(text=CREDIT_RULES)] if summaries else []),
         Paragraph(text=LEARNING_RULES),
     ]
 
@@ -96,7 +93,7 @@ def _credit(plan: Plan, job: Job, summary: Mapping[str, Any] | None) -> list[Par
     heading = Heading(text=f"Credit: {job.name}")
     if summary is None:
         return [heading, Paragraph(text=f"{NOT_RUN}.")]
-    image = plan.page.parent / "images" / f"evidence-{job.name}"
+    image = plan.page.parent / "images" / f"{plan.page.stem}-{job.name}"
     image.parent.mkdir(parents=True, exist_ok=True)
     figures = plan.folder / job.folder_name(job.seeds[0]) / "figures"
     shutil.copyfile(figures / "profile.png", image.with_suffix(".png"))
@@ -143,7 +140,7 @@ def _learning(plan: Plan, runs: Mapping[str, Sequence[Run]]) -> list[Part]:
     heading = Heading(text="Learning")
     if not groups:
         return [heading, Paragraph(text=f"{NOT_RUN}.")]
-    image = plan.page.parent / "images" / "evidence-curves"
+    image = plan.page.parent / "images" / f"{plan.page.stem}-curves"
     write_curves(image, groups)
     tables = [
         Heading(text=part.text, level=part.level + 1) if isinstance(part, Heading) else part
@@ -153,7 +150,7 @@ def _learning(plan: Plan, runs: Mapping[str, Sequence[Run]]) -> list[Part]:
     return [heading, *tables, Figure(path=image, alt=alt)]
 
 
-def _commands(plan: Plan) -> list[Part]:
+def _commands(plan: Plan, plan_file: Path) -> list[Part]:
     path = plan.folder / "minutes.json"
     minutes = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     rows, lines = [], []
@@ -168,7 +165,7 @@ def _commands(plan: Plan) -> list[Part]:
     return [
         Heading(text="Runs"),
         Paragraph(text="In the order of the plan; one command runs them all, and resumes:"),
-        Code(text="python -m benchmarks.evidence benchmarks/evidence/plan.toml"),
+        Code(text=f"python -m benchmarks.evidence {plan_file}"),
         Table(columns=["run", "time"], rows=rows),
         Heading(text="The command of each run", level=3),
         Code(text="\n".join(lines)),

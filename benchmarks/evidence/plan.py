@@ -88,11 +88,14 @@ class Plan:
     """Attributes:
     folder: of all runs.
     page: the Markdown file.
+    title, about: its heading, and the paragraph below it.
     seeds: finished runs of a job that a verdict needs.
     """
 
     folder: Path
     page: Path
+    title: str
+    about: str
     seeds: int = 3
     jobs: tuple[Job, ...]
     claims: tuple[Comparison, ...] = field(default=())

@@ -55,6 +55,8 @@ class ObjectiveConfig:
         sequence_mask: rollouts whose probability per token differs between trainer and engine by
             more than this factor, in the geometric mean, are left out; "none": they are not.
         max_chunk_bytes: of logits held at one time; None is the library's default.
+        sparse_tolerance: share of a chunk's gradient, as L1 mass, that the backward may drop
+            (docs/sparse.md); "none": it is exact.
     """
 
     group_filter: Literal["all", "mixed"] = "all"
@@ -84,6 +86,7 @@ class ObjectiveConfig:
     importance_cap: float | Literal["none"] = "none"
     sequence_mask: float | Literal["none"] = "none"
     max_chunk_bytes: int | None = None
+    sparse_tolerance: float | Literal["none"] = "none"
 
     @property
     def has_policy_gradient(self) -> bool:
@@ -118,6 +121,9 @@ class ObjectiveConfig:
             require(f"objective.{name}", bound, bound == "none" or bound >= 1, ">= 1 or none")
         chunk = self.max_chunk_bytes
         require("objective.max_chunk_bytes", chunk, chunk is None or chunk >= 1, ">= 1")
+        share = self.sparse_tolerance
+        inside = share == "none" or 0 < share < 1
+        require("objective.sparse_tolerance", share, inside, "above 0 and below 1, or none")
         router = self.router_aux_coef
         require("objective.router_aux_coef", router, router is None or router >= 0, ">= 0 or none")
         self._require_applicable()

@@ -94,6 +94,7 @@ def step_metrics(
         "engine_gap_max": gap,
         "peak_memory_bytes": memory,
         **_gradient_metrics(config, total),
+        **_sparse_metrics(config, total),
         **({} if config.rollout.max_policy_age is None else {"too_old_rollouts": old}),
         **({"router_aux_loss": total["router_aux"] / weight} if total["router_aux"] else {}),
     }
@@ -109,6 +110,15 @@ def _gradient_metrics(config: Config, total: dict[str, float]) -> dict[str, floa
     if not config.objective.has_policy_gradient:
         return {}
     return {"clip_share": total["clipped"] / max(total["tokens"], 1.0)}
+
+
+def _sparse_metrics(config: Config, total: dict[str, float]) -> dict[str, float]:
+    if config.objective.sparse_tolerance == "none":
+        return {}
+    return {
+        "columns_kept": total["kept_share"] / max(total["tokens"], 1.0),
+        "mass_dropped": total["dropped_mass"] / max(total["gradient_mass"], 1e-30),
+    }
 
 
 def _reference_metrics(config: Config, total: dict[str, float], step: int) -> dict[str, float]:

@@ -46,6 +46,9 @@ SUMS = (
     "distilled_tokens",
     "clipped",
     "router_aux",
+    "gradient_mass",
+    "dropped_mass",
+    "kept_share",
 )
 """What `accumulate_gradients` sums: per-token means come from dividing by weights or tokens."""
 
@@ -128,6 +131,8 @@ def _micro_batch(
     if objective.has_policy_gradient:
         gradient = _policy_gradient(tokens, objective, step, log_probs)
         terms["pg_coef"] = value_at(objective.pg_coef, step)
+    if objective.sparse_tolerance != "none":
+        terms["sparse_tolerance"] = objective.sparse_tolerance
     out = fused_hsd_loss(
         student_hidden,  # (N, D)
         weight=head.weight,  # (V, D)
@@ -154,7 +159,14 @@ def _micro_batch(
     if clipped is None:
         ratio = torch.exp(_given(out.stats.logprob) - tokens.engine_logprobs)
         clipped = out_of_range(ratio, tokens.advantages, objective.clip_range)
-    return _sums(tokens, out.stats, loss=loss, clipped=clipped, router_aux=router_aux.detach())
+    return _sums(
+        tokens,
+        out.stats,
+        loss=loss,
+        clipped=clipped,
+        router_aux=router_aux.detach(),
+        vocab_size=len(head.weight),
+    )
 
 
 def _corrected(tokens: Tokens, objective: ObjectiveConfig, logprob: Tensor) -> Tokens:
@@ -230,10 +242,17 @@ def _log_probs(
 
 
 def _sums(
-    tokens: Tokens, stats: TokenStatistics, *, loss: Tensor, clipped: Tensor, router_aux: Tensor
+    tokens: Tokens,
+    stats: TokenStatistics,
+    *,
+    loss: Tensor,
+    clipped: Tensor,
+    router_aux: Tensor,
+    vocab_size: int,
 ) -> tuple[Tensor, float]:
     """The numbers of `SUMS`, and the largest gap between engine and policy, nats."""
     weights, computed = tokens.weights, stats.computed
+    ones = torch.ones_like(weights)
     taught = tokens.taught & computed
     gap = (_given(stats.logprob) - tokens.engine_logprobs)[computed].abs()
     sums = torch.stack(
@@ -245,11 +264,14 @@ def _sums(
             weights[computed].double().sum(),
             computed.double().sum(),
             gap.double().sum(),
-            _weighted_sum(torch.ones_like(weights), stats.top1_agree, taught),
+            _weighted_sum(ones, stats.top1_agree, taught),
             weights[taught].double().sum(),
             taught.double().sum(),
             clipped[computed].double().sum(),
             router_aux.double(),
+            _weighted_sum(ones, stats.gradient_mass, computed),
+            _weighted_sum(ones, stats.dropped_mass, computed),
+            _weighted_sum(ones / vocab_size, stats.kept_columns, computed),
         ]
     )
     return sums.cpu(), float(gap.max()) if len(gap) else 0.0

@@ -34,8 +34,9 @@ def comparison(groups: Sequence[RunGroup]) -> list[Part]:
         Paragraph(
             text="a -> b are means over the first and the last quarter of the steps (1 to 10 of "
             "them); KL from the start is that of the last step; coverage is the share of "
-            "rollouts that fail and have a successful peer; memory is the largest resident size of "
-            "a process."
+            "rollouts that fail and have a successful peer; columns kept and gradient dropped are "
+            "shares in the backward of the head, of runs where it is sparse; memory is the largest "
+            "resident size of a process."
         ),
         _course(runs),
     ]
@@ -120,6 +121,11 @@ def _course(runs: Sequence[Run]) -> Table:
         ("seconds a step", _step_seconds),
         ("memory, GiB", lambda run: _largest(run, "peak_memory_bytes", ".2f", unit=_GIB)),
     ]
+    if any(_values(run, "columns_kept") for run in runs):
+        cells += [
+            ("columns kept", lambda run: _mean(run, "columns_kept", ".2%")),
+            ("gradient dropped", lambda run: _mean(run, "mass_dropped", ".2%")),
+        ]
     return Table(
         columns=["run", *(name for name, _ in cells)],
         rows=[[run.name, *(cell(run) for _, cell in cells)] for run in runs],

@@ -100,6 +100,8 @@ def test_a_base_is_found_beside_its_recipe(
             "objective.measure_reference: found False, expected an objective.ref_coef of 0",
         ),
         ("[objective]\nmax_chunk_bytes = 0", "objective.max_chunk_bytes: found 0"),
+        ("[objective]\nsparse_tolerance = 0.0", "objective.sparse_tolerance: found 0.0"),
+        ("[objective]\nsparse_tolerance = 1.0", "objective.sparse_tolerance: found 1.0"),
         ("[optimizer]\nlearning_rate = inf", "optimizer.learning_rate: found inf"),
         ("[optimizer]\nmax_grad_norm = 0", "optimizer.max_grad_norm: found 0"),
         ("[warmup]\nbatch_size = 0", "warmup.batch_size: found 0"),

@@ -110,13 +110,14 @@ def test_credit_verdicts() -> None:
     assert verdicts(answer_peer=short)[:2] == [OPEN, OPEN]
 
 
-def test_the_plan_that_ships_is_whole() -> None:
-    plan = load_plan(ROOT / "benchmarks" / "evidence" / "plan.toml")
+@pytest.mark.parametrize(("name", "page"), [("plan", "evidence"), ("sparse", "sparse-learning")])
+def test_the_plans_that_ship_are_whole(name: str, page: str) -> None:
+    plan = load_plan(ROOT / "benchmarks" / "evidence" / f"{name}.toml")
     order = plan.order()
     assert len(order) == sum(len(job.seeds) for job in plan.jobs) == len(set(map(str, order)))
     assert [seed for _, seed in order] == sorted(seed for _, seed in order)
     assert all((ROOT / job.recipe).is_file() for job in plan.jobs)
-    assert plan.folder == Path("runs/evidence") and plan.page == Path("docs/evidence.md")
+    assert plan.folder == Path("runs") / page and plan.page == Path("docs") / f"{page}.md"
 
 
 @pytest.fixture
@@ -126,6 +127,8 @@ def plan_file(tmp_path: Path, make_recipe: Callable[..., Path]) -> Path:
     path.write_text(
         f"""folder = "{tmp_path}/runs"
 page = "{tmp_path}/docs/evidence.md"
+title = "What holds"
+about = "Made."
 seeds = 1
 [[jobs]]
 kind = "credit"

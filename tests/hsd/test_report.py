@@ -195,6 +195,15 @@ def test_the_page_holds_the_numbers(report: Path) -> None:
     assert text.count("<img ") == 1 and "data:image/svg+xml;base64," in text
 
 
+def test_a_sparse_backward_is_in_the_course(tmp_path: Path) -> None:
+    course = {"columns_kept": [0.02] * 4 + [0.04] * 4, "mass_dropped": [0.004] * 8}
+    make_run(tmp_path / "sparse", course=course, config={"objective": {"sparse_tolerance": 0.005}})
+    make_run(tmp_path / "dense")
+    write_report([tmp_path / "dense", tmp_path / "sparse"], tmp_path / "out")
+    assert cells(tmp_path / "out", "sparse", 2)[0][-2:] == ["3.00%", "0.40%"]
+    assert cells(tmp_path / "out", "dense", 2)[0][-2:] == ["-", "-"]
+
+
 def test_names_are_data(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", config={"note": HOSTILE, "objective": {"window": HOSTILE}})
     hostile = path.rename(tmp_path / HOSTILE.replace("/", "\u2215"))

@@ -232,6 +232,33 @@ def test_scalars_follow_their_schedules(make_policy: MakePolicy, rows: list[Trai
     assert relative_error(found, expected) <= 1e-4
 
 
+@pytest.mark.parametrize("micro_batch_tokens", [1, 10_000])
+def test_a_sparse_backward_is_near_the_gradient_and_says_what_it_dropped(
+    micro_batch_tokens: int, make_policy: MakePolicy, rows: list[TrainingRow]
+) -> None:
+    policy = make_policy()
+    with torch.no_grad():  # sharp distributions, whose gradient has its mass in few columns
+        for model in (policy.model, policy.teacher, policy.initial):
+            model.lm_head.weight.mul_(4)
+    expected, _ = dense(policy, rows, ObjectiveConfig(ref_coef=0.0))
+    found, sums = accumulated(
+        policy,
+        rows,
+        ObjectiveConfig(ref_coef=0.0, sparse_tolerance=0.02),
+        micro_batch_tokens=micro_batch_tokens,
+    )
+    assert 1e-3 < relative_error(found, expected) < 0.05
+    assert 0 < sums["dropped_mass"] <= 0.02 * sums["gradient_mass"]
+    assert 0 < sums["kept_share"] < 0.5 * sums["tokens"]
+    mass = 0.0
+    for row in rows:
+        with torch.no_grad():
+            log_p = log_probs(policy.model, row.student_prompt, row.response, 1.0)
+            log_q = log_probs(policy.teacher, row.teacher_prompt, row.response, 1.0)
+        mass += float(((log_p.exp() - log_q.exp()).abs().sum(-1) * torch.tensor(row.weights)).sum())
+    assert sums["gradient_mass"] == pytest.approx(mass, rel=1e-3)
+
+
 @pytest.mark.gradient
 def test_gradients_add_up_over_calls(make_policy: MakePolicy, rows: list[TrainingRow]) -> None:
     policy, objective = make_policy(), ObjectiveConfig(ref_coef=REF_COEF)

@@ -101,5 +101,6 @@ def _output(rows: Tensor, a: dict[str, Any]) -> Any:
         entropy=entropy.detach(),
         top1_agree=torch.ones_like(kl),
         computed=a["token_weights"] != 0,
+        **dict.fromkeys(("gradient_mass", "dropped_mass", "kept_columns")),
     )
     return SimpleNamespace(loss=loss, stats=stats)
