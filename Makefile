@@ -25,7 +25,7 @@ help:
 	@echo 'make test-kernels  the whole grid of the Triton kernels, interpreted; takes long'
 	@echo 'make test-kills  kill a training run twenty times and resume it'
 	@echo 'make compiled   compile every Triton kernel for NVIDIA and AMD; needs no GPU'
-	@echo 'make bench      time and memory against every rival; takes long, ARGS=--quick stops after 12 minutes'
+	@echo 'make bench      time and memory against every rival; takes long; ARGS=--targets less, ARGS=--quick 12 minutes'
 	@echo 'make lint       lint and type-check only'
 	@echo 'make format     format the code and apply the safe fixes of the linter'
 	@echo 'make clean      remove caches and built files; $(VENV) stays'

@@ -1,6 +1,6 @@
 """Time and memory as tokens and vocabulary grow, the floor beside them.
 
-    python -m benchmarks.growth --axis tokens --out FILE [--sizes 256 512 ...]
+    python -m benchmarks.growth --axis tokens --out FILE [--sizes 256 512 ...] [--methods NAME ...]
 
 Tokens: work A in fp32. Vocabulary: made states of A's width, 1,024 tokens, fp32. Memory is the peak
 of the profiler's allocations.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,14 @@ def point(work: Work, method: Method, rounds: int) -> dict[str, Any]:
     }
 
 
-def points(work: Work, rounds: int) -> list[dict[str, Any]]:
-    """Of the floor, this library, and the rivals of COMPARED that are here."""
+def points(work: Work, rounds: int, names: Collection[str] | None = None) -> list[dict[str, Any]]:
+    """Of the floor, this library, and the rivals of COMPARED that are here; or those named."""
     tokens, _, vocabulary = work.shape
     rivals = [m for m in methods_for("forward_kl") if m.name in COMPARED]
     whole = tokens * vocabulary > LARGEST
     methods = [FLOOR, OURS, *(m for m in rivals if m.chunks != (0,) or not whole)]
-    return [point(work, method, rounds) for method in methods]
+    chosen = [method for method in methods if not names or method.name in names]
+    return [point(work, method, rounds) for method in chosen]
 
 
 def work_of(axis: str, size: int) -> Work:
@@ -68,12 +70,13 @@ def main() -> None:
     parser.add_argument("--axis", choices=SIZES, required=True)
     parser.add_argument("--sizes", type=int, nargs="+")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", help="names; default: all")
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args()
     before = machine.described()
     found = []
     for size in a.sizes or SIZES[a.axis]:
-        found += points(work_of(a.axis, size), a.rounds)
+        found += points(work_of(a.axis, size), a.rounds, a.methods)
     write(a.out, {"kind": "growth", "axis": a.axis, "machine": before, "rows": found})
 
 

@@ -1,9 +1,12 @@
 """Every benchmark, one after the other, each in a process of its own; then tables and targets.
 
-    python -m benchmarks.suite [--quick] [--out runs/benchmarks] [--again NAME ...] [--list]
+    python -m benchmarks.suite [--quick | --targets] [--minutes M] [--only NAME ...]
+        [--again NAME ...] [--list] [--out runs/benchmarks]
 
 A benchmark whose record is there is not run again, so an interrupted run goes on where it stopped.
-`--quick` runs the ones that decide most, smaller, and starts or finishes nothing after 11 minutes.
+`--targets` runs what the table of targets needs, the most important first, and shows it in
+docs/benchmarks.md. `--quick` runs the ones that decide most, smaller, and starts or finishes nothing
+after 11 minutes; `--minutes` is such a limit for any of them.
 The machine has to be idle: its load is in every record.
 """
 
@@ -16,11 +19,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import activations, synthetic
+from benchmarks import activations, synthetic, targets
 from benchmarks.case import CHOSEN_TOLERANCE
 from benchmarks.work import LOSSES
 
-QUICK_SECONDS = 11 * 60
+QUICK_MINUTES = 11.0
 LIGER = "liger-kernel JSD, compiled"
 QUICK_MEMORY = ("hsd_kernels", "torch", LIGER)
 QUICK_TIME = (
@@ -32,6 +35,7 @@ QUICK_TIME = (
     "torch.compile in chunks",
     LIGER,
 )
+QUICK_RIVALS = ("hsd_kernels", "torch", "torch.compile in chunks", LIGER)
 QUICK_PAIRS = ("bare GEMMs", "hsd_kernels", LIGER, "trl chunked JSD")
 
 
@@ -73,6 +77,38 @@ def quick() -> list[Benchmark]:
     ]
 
 
+def targeted() -> list[Benchmark]:
+    """What `benchmarks.targets` reads, then work B: five rounds, few rivals, short sweeps."""
+    both, ours = ("--methods", targets.FLOOR, targets.OURS), ("--methods", *QUICK_TIME)
+    pairs = ("--methods", *QUICK_PAIRS)
+    statistics = ("--methods", targets.FLOOR, targets.STATISTICS, targets.PLAIN)
+    two, one, b = ("--sweep", "2"), ("--sweep", "1"), ("--tokens", "512")
+    return [
+        _case("A", "bf16", *ours),
+        _case("A", "fp32", *two, *ours),
+        _case("A", "bf16", "--sparse", *one, name="sparse-A-bf16"),
+        _case("A", "fp32", "--sparse", *one, name="sparse-A-fp32"),
+        _case("D", "bf16", *two, *statistics),
+        _case("D", "fp32", *two, *statistics),
+        _case("C", "bf16", *two, *pairs),
+        _case("C", "fp32", *one, *pairs),
+        _memory("fp32", "--methods", *QUICK_MEMORY),
+        Benchmark(
+            name="divergences", command=("benchmarks.divergences", "--methods", *QUICK_RIVALS)
+        ),
+        *(
+            Benchmark(name=f"growth-{axis}", command=("benchmarks.growth", "--axis", axis, *both))
+            for axis in ("tokens", "vocabulary")
+        ),
+        Benchmark(name="update", command=("benchmarks.update",)),
+        Benchmark(name="update-memory", command=("benchmarks.update", "--memory")),
+        _case("B", "bf16", *b, *two, *ours),
+        _case("B", "fp32", *b, *two, *ours),
+        _case("B", "bf16", *b, "--sparse", *one, name="sparse-B-bf16"),
+        _case("B", "fp32", *b, "--sparse", *one, name="sparse-B-fp32"),
+    ]
+
+
 def full() -> list[Benchmark]:
     """All works, dtypes and heads."""
     found = []
@@ -92,6 +128,7 @@ def full() -> list[Benchmark]:
         )
     found.append(Benchmark(name="divergences", command=("benchmarks.divergences",)))
     found.append(Benchmark(name="update", command=("benchmarks.update",)))
+    found.append(Benchmark(name="update-memory", command=("benchmarks.update", "--memory")))
     return found
 
 
@@ -139,27 +176,35 @@ def make_states(benchmarks: list[Benchmark], deadline: float | None) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--quick", action="store_true")
+    kind.add_argument("--targets", action="store_true")
+    parser.add_argument("--minutes", type=float, help="start or finish nothing after them")
+    parser.add_argument("--only", nargs="+", default=[], help="names to run, and no others")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--again", nargs="+", default=[], help="names to run again")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     a = parser.parse_args()
-    benchmarks = quick() if a.quick else full()
+    kind_of = "quick" if a.quick else "targets" if a.targets else "full"
+    benchmarks = {"quick": quick, "targets": targeted, "full": full}[kind_of]()
     if a.list:
         print("\n".join(each.name for each in benchmarks))
         return 0
-    unknown = set(a.again) - {each.name for each in benchmarks}
-    if unknown:
-        parser.error(f"--again: found {min(unknown)!r}, expected a name of --list")
-    folder = a.out / ("quick" if a.quick else "full")
+    for option in ("again", "only"):
+        unknown = set(getattr(a, option)) - {each.name for each in benchmarks}
+        if unknown:
+            parser.error(f"--{option}: found {min(unknown)!r}, expected a name of --list")
+    benchmarks = [each for each in benchmarks if not a.only or each.name in a.only]
+    folder = a.out / kind_of
     for name in a.again:
         (folder / f"{name}.json").unlink(missing_ok=True)
-    deadline = time.monotonic() + QUICK_SECONDS if a.quick else None
+    minutes = QUICK_MINUTES if a.minutes is None and a.quick else a.minutes
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
     make_states(benchmarks, deadline)
     missing = run(benchmarks, folder, deadline=deadline)
     from benchmarks import tables
 
-    tables.publish(folder)
+    tables.publish(folder, summary=tables.SUMMARY if a.targets else None)
     if missing:
         print(f"without a record: {', '.join(missing)}; the same command goes on with them")
     return 1 if missing and not a.quick else 0

@@ -1,12 +1,13 @@
 """The records of a run as Markdown, JSON and figures under docs/benchmarks/.
 
-python -m benchmarks.tables [FOLDER]      default: runs/benchmarks/full
+python -m benchmarks.tables [FOLDER] [--summary]      default: runs/benchmarks/targets
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 from benchmarks import figures, machine, targets, timing
 
 PUBLISHED = Path("docs/benchmarks")
+SUMMARY = Path("docs/benchmarks.md")
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 Record = dict[str, Any]
 
 
@@ -124,7 +127,7 @@ def _update(record: Record) -> str:
     seconds = {name: statistics.median(found) for name, found in record["seconds"].items()}
     bound = seconds["trl"] / (seconds["trl"] - seconds["plain_head"] + seconds["floor_head"])
     ratio = timing.ratio(record["seconds"]["trl"], record["seconds"]["ours"])
-    peaks, padded = record["extra_bytes"], record["padded_tokens"]
+    padded = record["padded_tokens"]
     lines = [
         f"- {record['rollouts']} rollouts, {record['response_tokens']:,} response tokens, one "
         f"micro-batch; positions with padding: ours {padded['ours']:,}, TRL {padded['trl']:,}",
@@ -135,11 +138,18 @@ def _update(record: Record) -> str:
         f"update; at the speed of its GEMMs the update would be {bound:.2f} times as fast "
         f"(Amdahl); {ratio / bound:.0%} of that is reached",
         f"- the fused loss is {record['head_seconds'] / seconds['ours']:.0%} of our update",
-        f"- peak above parameters, gradients and optimiser state: ours {_mib(peaks['ours'])} MiB, "
-        f"TRL {_mib(peaks['trl'])} MiB",
         f"- relative difference of the gradients {record['gradient_difference']:.1e}",
     ]
     return "\n".join(lines)
+
+
+def _update_memory(record: Record) -> str:
+    peaks = record["extra_bytes"]
+    return (
+        f"{record['rollouts']} rollouts, {record['response_tokens']:,} response tokens, one "
+        "micro-batch; peak above parameters, gradients and optimiser state: ours "
+        f"{_mib(peaks['ours'])} MiB, TRL {_mib(peaks['trl'])} MiB"
+    )
 
 
 SECTIONS: dict[str, Callable[[Record], str]] = {
@@ -149,6 +159,7 @@ SECTIONS: dict[str, Callable[[Record], str]] = {
     "growth": _growth,
     "divergences": _divergences,
     "update": _update,
+    "update_memory": _update_memory,
 }
 
 
@@ -172,8 +183,12 @@ def page(records: targets.Records, title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def publish(folder: Path, out: Path = PUBLISHED) -> list[Path]:
-    """Writes the page, the data behind it and its figures; returns their paths."""
+def publish(folder: Path, out: Path = PUBLISHED, summary: Path | None = None) -> list[Path]:
+    """Writes the page, the data behind it and its figures; returns their paths.
+
+    Args:
+        summary: a page between whose lines BEGIN and END the targets are shown, too.
+    """
     records = targets.read(folder)
     if not records:
         return []
@@ -183,17 +198,45 @@ def publish(folder: Path, out: Path = PUBLISHED) -> list[Path]:
     drawn = figures.draw(records, out, folder.name)
     shown = "".join(f"\n![{path.stem}]({path.name})\n" for path in drawn)
     text.write_text(page(records, folder.name) + shown, encoding="utf-8")
-    for path in (text, data, *drawn):
+    written = [text, data, *drawn]
+    if summary is not None:
+        summarise(records, summary, text)
+        written.append(summary)
+    for path in written:
         print(path)
-    return [text, data, *drawn]
+    return written
+
+
+def summarise(records: targets.Records, summary: Path, details: Path) -> None:
+    """Replaces what stands between BEGIN and END.
+
+    Raises:
+        ValueError: the page has no such lines.
+    """
+    before, begin, rest = summary.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{summary}: found no lines {BEGIN} and {END}, expected one of each")
+    machines = sorted({machine.line(record["machine"]) for record in records.values()})
+    busiest = max(record["machine"]["load"] for record in records.values())
+    link = os.path.relpath(details, summary.parent)
+    shown = [
+        *machines,
+        f"Highest load before a benchmark: {busiest:.1f} processes.",
+        targets.table(records),
+        f"[All tables and figures]({link}), [the data]({Path(link).with_suffix('.json')}).",
+    ]
+    text = "\n\n".join([before + begin, *shown, end + after])
+    summary.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/benchmarks/full"))
-    folder = parser.parse_args().folder
-    if not publish(folder):
-        parser.error(f"folder: found no record in {folder}; run python -m benchmarks.suite")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/benchmarks/targets"))
+    parser.add_argument("--summary", action="store_true", help=f"show the targets in {SUMMARY} too")
+    a = parser.parse_args()
+    if not publish(a.folder, summary=SUMMARY if a.summary else None):
+        parser.error(f"folder: found no record in {a.folder}; run python -m benchmarks.suite")
 
 
 if __name__ == "__main__":

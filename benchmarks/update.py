@@ -1,13 +1,17 @@
 """One optimiser update of the trainer against one of TRL's experimental SDPO trainer.
 
-    python -m benchmarks.update --out FILE [--tokens 1024] [--rounds 5]
+    python -m benchmarks.update --out FILE [--tokens 2048] [--response 256] [--rounds 5]
+    python -m benchmarks.update --memory --out FILE [--tokens 4096] [--response 256]
+
+The second form measures the peak of memory alone, each side in a process of its own.
 
 Compared: the same model, rollouts, teacher prompts and micro-batch (all rows in one), fp32, the
 loss KL(teacher, student) of a live teacher, mean over a rollout's tokens, then over rollouts; both
 forwards, loss, backward, clipping to the same norm, the same AdamW. TRL's part is its own
 `compute_loss` (distillation_mode="full_logits", distillation_alpha=0) on the batch it would have
 built: prompts padded on the left, responses on the right. Its generation is left out, as is ours.
-Rollouts are all distinct, so that merging equal ones, a gain of ours, plays no part.
+Rollouts are all distinct, so that merging equal ones, a gain of ours, plays no part. The model's
+own are a dozen tokens long: `--response` joins consecutive ones to responses of that many.
 
 Not the same: the trainer also runs the reference's forward and its KL, which it reports, although
 the coefficient is 0. `reference_seconds` is that forward.
@@ -16,8 +20,10 @@ the coefficient is 0. `reference_seconds` is that forward.
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import json
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,11 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks import activations, machine, memory, timing
 from benchmarks.case import write
 from benchmarks.methods import FLOOR, METHODS, execute
+from benchmarks.update_rows import joined, padded_tokens, trl_batch, weighted
 from benchmarks.work import Work
 from hsd.objective import step as objective_step
 from hsd.objective.config import ObjectiveConfig
@@ -37,7 +43,7 @@ from hsd.objective.step import accumulate_gradients
 from hsd.policy.head import output_head, response_hidden
 from hsd.policy.load import load_policy
 from hsd.policy.optimizer import adamw, clipped_step
-from hsd.policy.packing import TrainingRow, pad_right
+from hsd.policy.packing import TrainingRow
 from hsd.policy.teachers import Policy, make_policy
 
 RATE, MAX_NORM = 1e-6, 1.0
@@ -60,19 +66,6 @@ class Side:
 
     def clear(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-
-
-def weighted(rows: Sequence[TrainingRow], tokens: int) -> list[TrainingRow]:
-    """The first rows with `tokens` response tokens, weighted as TRL does: a mean of means."""
-    chosen: list[TrainingRow] = []
-    for row in dict.fromkeys(rows):
-        if sum(len(each.response) for each in chosen) >= tokens:
-            break
-        chosen.append(row)
-    return [
-        dataclasses.replace(row, weights=(1 / len(row.response) / len(chosen),) * len(row.response))
-        for row in chosen
-    ]
 
 
 def ours(model: Any, rows: Sequence[TrainingRow]) -> tuple[Side, Policy]:
@@ -121,36 +114,6 @@ def trl(model: Any, tokenizer: Any, rows: Sequence[TrainingRow], folder: str) ->
         trainer.compute_loss(model, inputs).backward()
 
     return Side(model=model, optimizer=adamw(model.parameters(), RATE), gradients=gradients)
-
-
-def trl_batch(rows: Sequence[TrainingRow]) -> dict[str, Tensor]:
-    """The tensors that TRL's `compute_loss` reads."""
-    prompt_ids, prompt_mask = _pad_left([row.student_prompt for row in rows])
-    hinted_ids, hinted_mask = _pad_left([row.teacher_prompt for row in rows])
-    completion_ids, completion_mask = pad_right([row.response for row in rows])
-    return {
-        "prompt_ids": prompt_ids,
-        "prompt_mask": prompt_mask,
-        "completion_ids": completion_ids,
-        "completion_mask": completion_mask,
-        "teacher_input_ids": torch.cat([hinted_ids, completion_ids], 1),
-        "teacher_attention_mask": torch.cat([hinted_mask, completion_mask], 1),
-        "self_distillation_mask": torch.ones(len(rows)),
-    }
-
-
-def _pad_left(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    ids, mask = pad_right([sequence[::-1] for sequence in sequences])
-    return ids.flip(1), mask.flip(1)
-
-
-def padded_tokens(rows: Sequence[TrainingRow]) -> dict[str, int]:
-    """Positions of the teacher's forward, padding included: TRL pads prompt and response apart."""
-    longest = [max(len(row.teacher_prompt) for row in rows), max(len(r.response) for r in rows)]
-    return {
-        "ours": len(rows) * max(row.length for row in rows),
-        "trl": len(rows) * sum(longest),
-    }
 
 
 def gradient_difference(first: Side, second: Side) -> float:
@@ -234,33 +197,62 @@ def compare(rows: Sequence[TrainingRow], name: str, rounds: int) -> dict[str, An
         )
         with _Watched() as watched:
             side.update()
-        parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-        peaks = {
-            label: memory.allocated(each.update) - parameters
-            for label, each in (("ours", side), ("trl", theirs))
-        }
     return {
         "kind": "update",
-        "rollouts": len(rows),
-        "response_tokens": work.shape[0],
         "padded_tokens": padded_tokens(rows),
         "gradient_difference": difference,
         "seconds": seconds,
         "head_seconds": watched.seconds,
-        "extra_bytes": peaks,  # above parameters, gradients and optimiser state
     }
+
+
+def extra_bytes(label: str, rows: Sequence[TrainingRow], name: str) -> int:
+    """Peak of an update of "ours" or "trl" above parameters, gradients and optimiser state."""
+    model, tokenizer = load_policy(name)
+    with tempfile.TemporaryDirectory() as folder:
+        side = ours(model, rows)[0] if label == "ours" else trl(model, tokenizer, rows, folder)
+        side.update()  # the optimiser's state is there from now on
+        gradients = sum(p.numel() * p.element_size() for p in model.parameters())
+        return memory.allocated(side.update) - gradients
+
+
+def _isolated(label: str, arguments: Sequence[str]) -> int:
+    """`extra_bytes` in a fresh process."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.update", "--side", label]
+    ran = subprocess.run([*command, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return int(json.loads(ran.stdout.splitlines()[-1]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=4096, help="response tokens")
+    parser.add_argument("--tokens", type=int, help="response tokens")
+    parser.add_argument("--response", type=int, default=256, help="tokens of each response")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default=str(activations.model_path()))
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--memory", action="store_true", help="the peaks and nothing else")
+    kind.add_argument("--side", choices=("ours", "trl"), help="print one side's peak")
+    parser.add_argument("--out", type=Path)
     a = parser.parse_args()
+    if a.side is None and a.out is None:
+        parser.error("--out: found none, expected a file")
+    tokens = a.tokens or (4096 if a.memory else 2048)
     before = machine.described()
-    rows = weighted(activations.stored_rows(), a.tokens)
-    record = compare(rows, str(activations.model_path()), a.rounds)
-    write(a.out, record | {"machine": before})
+    rows = weighted(joined(activations.stored_rows(), a.response), tokens)
+    if a.side is not None:
+        print(json.dumps(extra_bytes(a.side, rows, a.model)))
+        return
+    counted = {
+        "rollouts": len(rows),
+        "response_tokens": sum(len(row.response) for row in rows),
+        "machine": before,
+    }
+    if a.memory:
+        given = ["--tokens", str(tokens), "--response", str(a.response), "--model", a.model]
+        peaks = {label: _isolated(label, given) for label in ("ours", "trl")}
+        write(a.out, {"kind": "update_memory", "extra_bytes": peaks, **counted})
+        return
+    write(a.out, {**compare(rows, a.model, a.rounds), **counted})
 
 
 if __name__ == "__main__":

@@ -137,6 +137,22 @@ def test_what_was_not_measured_is_neither_met_nor_missed():
     assert all(each.met is None and "not measured" in each.line for each in found)
 
 
+def test_the_targets_are_shown_in_a_page_of_the_documentation(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n\n{tables.BEGIN}\nold\n{tables.END}\n\nafter\n")
+    machine = {"cpu": "made", "capability": "x", "cores": 2, "threads": 2, "memory_gib": 1}
+    shown = record(ours=[2.0], floor=[1.0]) | {"machine": machine | {"load": 0.1}}
+    for _ in range(2):
+        tables.summarise({"time-A-bf16": shown}, page, tmp_path / "benchmarks" / "targets.md")
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\n\nafter\n") and "old" not in text
+    assert text.count("**missed** by 73.9%") == 1 and "not measured yet" in text
+    assert "](benchmarks/targets.md)" in text and "](benchmarks/targets.json)" in text
+    page.write_text("no lines")
+    with pytest.raises(ValueError, match="found no lines"):
+        tables.summarise({}, page, page)
+
+
 # the suite
 
 
@@ -158,13 +174,16 @@ def test_after_the_deadline_nothing_starts(tmp_path):
     assert suite.run(benchmarks, tmp_path, deadline=0.0) == ["late"]
 
 
-@pytest.mark.parametrize("chosen", [suite.quick(), suite.full()], ids=["quick", "full"])
+@pytest.mark.parametrize(
+    "chosen", [suite.quick(), suite.targeted(), suite.full()], ids=["quick", "targets", "full"]
+)
 def test_a_record_belongs_to_one_benchmark(chosen):
     names = [each.name for each in chosen]
     assert len(set(names)) == len(names)
 
 
-def test_the_full_suite_feeds_every_target():
+@pytest.mark.parametrize("chosen", [suite.targeted(), suite.full()], ids=["targets", "full"])
+def test_a_suite_feeds_every_target(chosen):
     class Asked(dict):
         def __missing__(self, name):
             self.setdefault("asked", set()).add(name)
@@ -172,7 +191,7 @@ def test_the_full_suite_feeds_every_target():
 
     records = Asked()
     targets.verdicts(records)
-    assert records["asked"] <= {each.name for each in suite.full()}
+    assert records["asked"] <= {each.name for each in chosen}
 
 
 def test_fresh_leaves_leave_no_gradient_behind():

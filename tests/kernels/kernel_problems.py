@@ -25,7 +25,11 @@ PER_TOKEN = (
     "kl_temperature",
     "teacher_temperature",
 )
-ONLY_FORMED_IN_CHUNKS = ("gradient_mass", "dropped_mass", "kept_columns")  # the dense reference has none
+ONLY_FORMED_IN_CHUNKS = (
+    "gradient_mass",
+    "dropped_mass",
+    "kept_columns",
+)  # the dense reference has none
 
 Arguments = dict[str, Any]
 
