@@ -5,8 +5,8 @@
 
 A benchmark whose record is there is not run again, so an interrupted run goes on where it stopped.
 `--targets` runs what the table of targets needs, the most important first, and shows it in
-docs/benchmarks.md. `--quick` runs the ones that decide most, smaller, and starts or finishes nothing
-after 11 minutes; `--minutes` is such a limit for any of them.
+docs/benchmarks.md. `--quick` runs the ones that decide most, smaller, and starts or finishes
+nothing after 11 minutes; `--minutes` is such a limit for any of them.
 The machine has to be idle: its load is in every record.
 """
 
