@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -51,18 +51,24 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line does not parse; names its number.
     """
-    records = []
+    return [record for _, record in numbered_json_lines(path)]
+
+
+def numbered_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The number of each line that is not empty, from 1, and what it holds.
+
+    Raises:
+        ValueError: a line does not parse; names its number.
+    """
     # Not splitlines(): JSON may hold other line separators of Unicode as they are.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line:
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
             continue
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}:{number}: found {line[:40]!r}, expected JSON: {error}"
-            ) from None
-    return records
+            yield number, json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            shown = line[:40].decode("utf-8", "replace")
+            raise ValueError(f"{path}:{number}: found {shown!r}, expected JSON: {error}") from None
 
 
 _SHOWN = (

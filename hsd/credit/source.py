@@ -93,12 +93,12 @@ def _lines(path: Path) -> Iterator[_Line]:
                 raise ValueError(f"{where}: found no valid JSON ({error})") from None
             if not isinstance(record, dict):
                 raise ValueError(f"{where}: found {record!r:.40}, expected a JSON object")
-            prompt = _typed(record, "prompt", str, where)
+            prompt = _text(record, "prompt", where)
             yield _Line(
                 where=where,
                 record=record,
                 step=_typed(record, "step", int, where, default=0),
-                question=_typed(record, "question", str, where, default=prompt),
+                question=_text(record, "question", where, default=prompt),
             )
 
 
@@ -113,9 +113,13 @@ def _group(
     first = lines[0]
     token_ids = [_token_ids(line, vocab_size) for line in lines]
     rewards = [_typed(line.record, "correct", bool, line.where) for line in lines]
-    answer = _typed(
-        first.record, "answer", str, first.where, default=answers.get(first.question, "")
-    )
+    for line in lines:
+        if line.record["prompt"] != first.record["prompt"]:
+            raise ValueError(
+                f"{line.where}: prompt: found {line.record['prompt']!r:.40}, expected that of the "
+                f"question's other rollouts, {first.record['prompt']!r:.40}"
+            )
+    answer = _text(first.record, "answer", first.where, default=answers.get(first.question, ""))
     if answer_needed and not answer:
         raise ValueError(
             f"{first.where}: answer: found none for the question {first.question!r:.60}, expected "
@@ -123,8 +127,8 @@ def _group(
         )
     drawn = uniform_peers(rewards, seed=seed, step=first.step - 1, question_id=first.question)
     texts = [
-        line.record["text"]
-        if isinstance(line.record.get("text"), str)
+        _typed(line.record, "text", str, line.where)
+        if "text" in line.record
         else str(tokenizer.decode(list(ids), skip_special_tokens=True))
         for line, ids in zip(lines, token_ids, strict=True)
     ]
@@ -150,6 +154,19 @@ def _typed(
     if not right:
         names = {str: "a string", int: "an integer", bool: "true or false", list: "a list"}
         raise ValueError(f"{where}: {key}: found {value!r:.40}, expected {names[kind]}")
+    return value
+
+
+def _text(record: Mapping[str, Any], key: str, where: str, *, default: str | None = None) -> str:
+    """A string that a tokenizer can read."""
+    value: str = _typed(record, key, str, where, default=default)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: {key}: found a lone surrogate at character {error.start}, expected valid "
+            "Unicode"
+        ) from None
     return value
 
 

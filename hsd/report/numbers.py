@@ -112,5 +112,8 @@ def training_seconds(run: Run) -> float:
     return sum(_seconds(step) for step in run.steps)
 
 
+_TIMED = ("rollout_seconds", "update_seconds")
+
+
 def _seconds(step: Record) -> float:
-    return float(step.get("rollout_seconds") or 0) + float(step.get("update_seconds") or 0)
+    return sum(value for key in _TIMED for _, value in series([step], key))

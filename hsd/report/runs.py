@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hsd.metrics import read_json_lines
+from hsd.metrics import numbered_json_lines
 
 Record = Mapping[str, Any]
 
@@ -74,10 +74,16 @@ def read_run(path: Path) -> Run:
         raise ValueError(
             f"{config_path}: found no configuration, expected hsd train's file"
         ) from None
-    records = read_json_lines(metrics_path)
-    for number, record in enumerate(records, start=1):
+    records = []
+    for number, record in numbered_json_lines(metrics_path):
         if not isinstance(record, dict) or type(record.get("step")) is not int:
             raise ValueError(f"{metrics_path}:{number}: found no record of a step, expected one")
+        if record.get("kind") == "evaluation" and not _is_counted(record):
+            raise ValueError(
+                f"{metrics_path}:{number}: found an evaluation without samples (at least 1) and "
+                "correct_per_question (0 to samples each), expected both"
+            )
+        records.append(record)
     return Run(
         name=path.resolve().name,
         path=path,
@@ -85,6 +91,13 @@ def read_run(path: Path) -> Run:
         steps=_last_of_each_step(records, "step"),
         evaluations=_last_of_each_step(records, "evaluation"),
     )
+
+
+def _is_counted(evaluation: Record) -> bool:
+    samples, counts = evaluation.get("samples"), evaluation.get("correct_per_question")
+    if type(samples) is not int or samples < 1 or not isinstance(counts, list) or not counts:
+        return False
+    return all(type(count) is int and 0 <= count <= samples for count in counts)
 
 
 def _last_of_each_step(records: Sequence[Record], kind: str) -> list[Record]:

@@ -80,6 +80,10 @@ def test_answers_come_from_the_line_or_from_the_task(
         ({"peer": 4}, "peer: found 4"),
         ({"answer": 5}, "answer: found 5, expected a string"),
         ({"answer": ""}, "answer: found none"),
+        ({"prompt": "a\ud800"}, "prompt: found a lone surrogate at character 1"),
+        ({"question": "\ud800"}, "question: found a lone surrogate at character 0"),
+        ({"answer": "\udfff"}, "answer: found a lone surrogate at character 0"),
+        ({"text": 5}, "text: found 5, expected a string"),
     ],
 )
 def test_wrong_fields_name_their_line(
@@ -98,6 +102,15 @@ def test_lines_that_are_no_objects(
     path = tmp_path / "r.jsonl"
     path.write_bytes(b"\n" + text.encode("latin-1") + b"\n")
     with pytest.raises(ValueError, match=r"r\.jsonl:2: found"):
+        read(path, tokenizer)
+
+
+def test_a_question_with_two_prompts_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    named = {**LINE, "question": "q"}
+    path = write(tmp_path / "r.jsonl", named, {**named, "prompt": "another"})
+    with pytest.raises(ValueError, match=r"r\.jsonl:2: prompt: found 'another', expected that of"):
         read(path, tokenizer)
 
 

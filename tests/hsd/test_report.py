@@ -227,6 +227,19 @@ def test_names_are_data(tmp_path: Path) -> None:
         (lambda path: (path / "config.json").write_text("{"), "found no configuration"),
         (lambda path: (path / "metrics.jsonl").write_text("3\n"), "metrics.jsonl:1: found no rec"),
         (lambda path: (path / "metrics.jsonl").write_text("{\n"), "metrics.jsonl:1: "),
+        (lambda path: (path / "metrics.jsonl").write_text("\n\n3\n"), "metrics.jsonl:3: found no"),
+        (lambda path: (path / "metrics.jsonl").write_bytes(b"\xff\n"), "metrics.jsonl:1: found"),
+        (lambda path: (path / "metrics.jsonl").write_text("[" * 100_000), "metrics.jsonl:1: "),
+        (lambda path: replaced(path, samples=None), "metrics.jsonl:1: found an evaluation without"),
+        (lambda path: replaced(path, samples="8"), "metrics.jsonl:1: found an evaluation without"),
+        (
+            lambda path: replaced(path, correct_per_question=[2, 9]),
+            "metrics.jsonl:1: found an eval",
+        ),
+        (
+            lambda path: replaced(path, correct_per_question=[None]),
+            "metrics.jsonl:1: found an eval",
+        ),
     ],
 )
 def test_bad_input_is_one_line(
@@ -242,6 +255,22 @@ def test_bad_input_is_one_line(
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def replaced(path: Path, **changes: Any) -> None:
+    """The evaluation before training alone, with these values; None takes one out."""
+    record = {**evaluation(0, [2, 3]), **changes}
+    kept = {key: value for key, value in record.items() if value is not None}
+    (path / "metrics.jsonl").write_text(json.dumps(kept) + "\n")
+
+
+@pytest.mark.parametrize("value", ["abc", [1], None, True])
+def test_a_number_that_is_none_leaves_its_cell_empty(value: object, tmp_path: Path) -> None:
+    names = ("rollout_seconds", "entropy", "ref_kl", "peak_memory_bytes")
+    made = make_run(tmp_path / "run", course={name: [value] * 8 for name in names})  # type: ignore[list-item]
+    write_report((made,), tmp_path / "out")
+    (course,) = cells(tmp_path / "out", "run", -1)[-1:]
+    assert course[1] == "8 of 8"
 
 
 def test_a_folder_twice_is_refused(tmp_path: Path) -> None:
