@@ -70,8 +70,10 @@ def series(records: Sequence[Record], key: str) -> list[tuple[int, float]]:
     found = []
     for record in records:
         value = record.get(key)
-        if isinstance(value, int | float) and math.isfinite(value):
-            found.append((int(record["step"]), float(value)))
+        if type(value) is int and abs(value) < 2**1000:  # JSON has larger ones than a float
+            value = float(value)
+        if type(value) is float and math.isfinite(value):
+            found.append((int(record["step"]), value))
     return found
 
 

@@ -76,7 +76,8 @@ def read_run(path: Path) -> Run:
         ) from None
     records = []
     for number, record in numbered_json_lines(metrics_path):
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
+        step = record.get("step") if isinstance(record, dict) else None
+        if type(step) is not int or not 0 <= step < 2**53:
             raise ValueError(f"{metrics_path}:{number}: found no record of a step, expected one")
         if record.get("kind") == "evaluation" and not _is_counted(record):
             raise ValueError(

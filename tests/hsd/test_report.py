@@ -264,13 +264,13 @@ def replaced(path: Path, **changes: Any) -> None:
     (path / "metrics.jsonl").write_text(json.dumps(kept) + "\n")
 
 
-@pytest.mark.parametrize("value", ["abc", [1], None, True])
+@pytest.mark.parametrize("value", ["abc", [1], None, True, 10**400])
 def test_a_number_that_is_none_leaves_its_cell_empty(value: object, tmp_path: Path) -> None:
     names = ("rollout_seconds", "entropy", "ref_kl", "peak_memory_bytes")
     made = make_run(tmp_path / "run", course={name: [value] * 8 for name in names})  # type: ignore[list-item]
     write_report((made,), tmp_path / "out")
     (course,) = cells(tmp_path / "out", "run", -1)[-1:]
-    assert course[1] == "8 of 8"
+    assert course[1:4] == ["8 of 8", "-", "-"] and course[-1] == "-"
 
 
 def test_a_folder_twice_is_refused(tmp_path: Path) -> None:
