@@ -88,9 +88,7 @@ def add_adapters(model: PreTrainedModel, adapters: Adapters) -> None:
                 parameter.copy_(initial_factor(name, parameter.shape, seed=adapters.seed))
 
 
-def _inject(
-    model: PreTrainedModel, config: AdapterConfig, name: str, targets: list[str]
-) -> None:
+def _inject(model: PreTrainedModel, config: AdapterConfig, name: str, targets: list[str]) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:

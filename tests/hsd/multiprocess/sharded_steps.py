@@ -16,6 +16,7 @@ from hsd.objective.step import accumulate_gradients
 from hsd.policy.optimizer import adamw, clipped_step
 from hsd.policy.packing import TrainingRow
 from hsd.policy.teachers import Policy, after_update
+from hsd.rollout.weight_sync import full_state
 
 EPS = 1e-6
 """AdamW's, of gradients whose numbers are 3e-4 in the root mean square once they are clipped.
@@ -49,7 +50,10 @@ def _whole(tensor: Tensor) -> Tensor:
 def run_steps(
     case: Case, policy: Policy, steps: Sequence[Groups], world: World, on_step: OnStep
 ) -> None:
-    """Trains on the groups of every step that are this rank's; reports gradient and change."""
+    """Trains on the groups of every step that are this rank's; reports gradient and change.
+
+    And in the end the weights as an engine gets them.
+    """
     before = flat(policy.model)
     parameters = list(policy.model.parameters())
     optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=1.0)
@@ -72,6 +76,8 @@ def run_steps(
         clipped_step(optimizer, parameters, learning_rate=rate, max_grad_norm=case.max_grad_norm)
         after_update(policy, case.objective, updates=number + 1)
         on_step(number, "change", flat(policy.model) - before)
+    sent = full_state(policy.model, torch.float32, keep=True)
+    on_step(len(steps), "sent", torch.cat([each.flatten() for each in sent.values()]))
 
 
 def normalised(groups: Groups, name: str, world: World) -> list[TrainingRow]:
