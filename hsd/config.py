@@ -224,8 +224,6 @@ class Config:
         )
         every, mode = self.credit.every, self.sharding.mode
         require("credit.every", every, every == 0 or mode == "none", "0 with sharding.mode 'full'")
-        rank = self.adapter.rank
-        require("adapter.rank", rank, rank == 0 or mode == "none", "0 with sharding.mode 'full'")
         steps = self.warmup.steps
         require(
             "warmup.steps",

@@ -19,14 +19,14 @@ from hsd.data.tasks import Task, load_task
 from hsd.data.verify.pool import VerifierPool
 from hsd.distributed.load import load_sharded
 from hsd.distributed.process import World, sharding_device, sharding_mesh
-from hsd.policy.adapters import add_adapter
+from hsd.policy.adapters import add_adapters
 from hsd.policy.attention import with_packing
 from hsd.policy.head import output_head
 from hsd.policy.layers import checkpoint_activations, compile_layers
 from hsd.policy.load import load_policy, load_tokenizer, policy_directory
 from hsd.policy.optimizer import adamw
 from hsd.policy.precision import compute_dtype
-from hsd.policy.teachers import Policy, make_adapted_policy, make_policy
+from hsd.policy.teachers import Policy, adapters_for, make_adapted_policy, make_policy
 from hsd.rollout.engines import check_engine, make_engine
 from hsd.rollout.groups import GroupSampler
 from hsd.rollout.protocol import RolloutEngine, Sampling
@@ -189,8 +189,8 @@ def whole_policy(
     With `config.adapter` there are none.
     """
     if config.adapter.rank:
-        add_adapter(model, config.adapter, seed=config.seed)
-        policy = make_adapted_policy(model, config.adapter, config.objective, compute_dtype=dtype)
+        add_adapters(model, adapters_for(config.adapter, config.objective, seed=config.seed))
+        policy = make_adapted_policy(model, config.objective, compute_dtype=dtype)
     else:
         policy = make_policy(model, config.objective, compute_dtype=dtype, copy_of=copy_of)
     # After the copies were made: they keep nothing for a backward.
@@ -208,8 +208,11 @@ def sharded_policy(
 
     Args:
         load: `load_sharded` of the model, to be called once for each model with what differs:
-            `frozen`, and the dtype of its weights.
+            `frozen`, and the dtype of its weights; with adapters once.
     """
+    if config.adapter.rank:
+        adapters = adapters_for(config.adapter, config.objective, seed=config.seed)
+        return make_adapted_policy(load(adapters=adapters), config.objective, compute_dtype=dtype)
     return make_policy(
         load(),
         config.objective,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
@@ -160,8 +161,17 @@ def load_tensors(path: Path, tensors: dict[str, Any], world: World) -> None:
     """Fills tensors and DTensors in place, whatever number of ranks wrote the checkpoint.
 
     Raises:
-        ValueError: the checkpoint lacks one of them, or has it in another shape.
+        ValueError: a file of the checkpoint is damaged; or it lacks one of them, or has it in
+            another shape.
     """
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):  # a file that was cut short does not open
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{file}: found a damaged file of a checkpoint, expected a whole one ({error})"
+            ) from None
     try:
         load(
             tensors,

@@ -50,13 +50,15 @@ def shard_policy(
     """Shards a model in place; its weights may be on the meta device.
 
     Args:
-        model: its weights are those that the optimiser updates, in float32; a frozen one's may be
-            of any dtype.
+        model: its weights are those that the optimiser updates, in float32, or they are frozen
+            and adapters are those; a frozen one's may be of any dtype.
         mesh: one dimension, over the ranks that share the weights.
         compute_dtype: of gathered weights and of activations; gradients are summed in float32.
         frozen: a reference or a teacher, which needs no gradient.
     """
-    sharded: Any = model.requires_grad_(not frozen)
+    sharded: Any = model
+    if frozen:
+        sharded.requires_grad_(False)
     if config.compile_layers:
         compile_layers(model)
     if config.activation_checkpointing and not frozen:
@@ -128,13 +130,13 @@ def synchronise_head(model: PreTrainedModel) -> None:
 
 
 def head_gradient(model: PreTrainedModel) -> Tensor | None:
-    """(V, D) float32 accumulator of a gathered head; None for a model that is not sharded.
+    """(V, D) float32 accumulator of a gathered head; None if not sharded, or frozen by adapters.
 
     The loss adds to it in forward. As a gradient that autograd carries, each micro-batch's would be
     rounded to the compute dtype.
     """
     unit: Any = _head_unit(model)
-    if unit is None:
+    if unit is None or not unit.weight.requires_grad:
         return None
     weight: Tensor = unit.weight
     if weight.grad is None:
@@ -185,5 +187,5 @@ def _head_unit(model: PreTrainedModel) -> FSDPModule | None:
 
 def _accumulate_in_float32(unit: Any) -> None:
     for parameter in (unit.weight, unit.bias):
-        if parameter is not None:
+        if parameter is not None and parameter.requires_grad:
             parameter.grad_dtype = torch.float32

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from hsd.distributed.config import ShardingConfig
 from hsd.distributed.fsdp import local_part, shard_policy
+from hsd.distributed.names import Stored, stored_weights
+from hsd.policy.adapters import Adapters, add_adapters, initial_factor, is_factor, name_in_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,6 +34,7 @@ def load_sharded(
     compute_dtype: torch.dtype,
     frozen: bool = False,
     dtype: torch.dtype = torch.float32,
+    adapters: Adapters | None = None,
 ) -> PreTrainedModel:
     """A sharded causal language model in evaluation mode, dropout off.
 
@@ -39,19 +42,25 @@ def load_sharded(
     of the model and its share of the largest weight as the file has it.
 
     Args:
-        directory: config.json, and safetensors whose names are those of the model's weights.
+        directory: config.json, and safetensors whose names are those of the model's weights, or
+            which hold the experts one by one that it has in one weight.
         mesh: see `shard_policy`.
         frozen: a reference or a teacher.
         dtype: of the shards; float32 for whatever moves.
+        adapters: are put into the model, and its own weights frozen.
 
     Raises:
-        ValueError: no such files; a weight is missing, has another shape, or is unknown.
+        ValueError: no such files; a weight is missing, has another shape, or is unknown; or the
+            adapters do not fit.
     """
     model = empty_model(directory, dtype=dtype)
+    if adapters is not None:
+        add_adapters(model, adapters)
     shard_policy(model, config, mesh, compute_dtype=compute_dtype, frozen=frozen)
     in_host_memory = config.offload_reference if frozen else config.offload == "all"
     device = torch.device("cpu" if in_host_memory else mesh.device_type)
-    _fill(model, _files_of_weights(directory), mesh, device)
+    files = _files_of_weights(directory)
+    _fill(model, files, mesh, device, seed=0 if adapters is None else adapters.seed)
     return model
 
 
@@ -106,45 +115,85 @@ def _files_of_weights(directory: Path) -> dict[str, Path]:
 
 @torch.no_grad()
 def _fill(
-    model: PreTrainedModel, files: Mapping[str, Path], mesh: DeviceMesh, device: torch.device
+    model: PreTrainedModel,
+    files: Mapping[str, Path],
+    mesh: DeviceMesh,
+    device: torch.device,
+    *,
+    seed: int,
 ) -> None:
     names: dict[nn.Parameter, list[str]] = {}  # of tied weights, several
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
-    unknown = set(files) - {name for aliases in names.values() for name in aliases}
+    buffers = dict(model.named_buffers())
+    weights = (name_in_files(name) for aliases in names.values() for name in aliases)
+    found = stored_weights(model, {*weights, *buffers}, files)
     for parameter, aliases in names.items():
-        stored = next((name for name in aliases if name in files), None)
-        if stored is None:
-            raise ValueError(f"model.name: found no weight {aliases[0]} in the files, expected one")
         whole = torch.empty_like(parameter, device=device)
         filled = nn.Parameter(whole, requires_grad=parameter.requires_grad)
-        _read_rows(files[stored], stored, filled, mesh)
+        if is_factor(aliases[0]):
+            _copy_rows(initial_factor(aliases[0], parameter.shape, seed=seed), filled, mesh)
+        else:
+            own = next((name for name in map(name_in_files, aliases) if name in found), None)
+            if own is None:
+                missing = name_in_files(aliases[0])
+                raise ValueError(
+                    f"model.name: found no weight {missing} in the files, expected one"
+                )
+            _read_rows(model, own, found[own], files, filled, mesh)
         for name in aliases:
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, filled)
-    for name, buffer in model.named_buffers():
-        if name in unknown:
-            with safe_open(files[name], "pt") as file:
-                buffer.copy_(file.get_tensor(name))
-            unknown.remove(name)
-    if unknown:
-        raise ValueError(f"model.name: found weight {min(unknown)}, expected none of that name")
+    for name in buffers.keys() & found.keys():
+        (stored,) = found[name].all_names()
+        with safe_open(files[stored], "pt") as file:
+            buffers[name].copy_(file.get_tensor(stored))
 
 
-def _read_rows(path: Path, name: str, parameter: Tensor, mesh: DeviceMesh) -> None:
+def _read_rows(
+    model: PreTrainedModel,
+    name: str,
+    stored: Stored,
+    files: Mapping[str, Path],
+    parameter: Tensor,
+    mesh: DeviceMesh,
+) -> None:
     """Fills the rank's rows of a (possibly sharded) parameter."""
-    local = local_part(parameter)
     # Opened for each weight anew: what was read is no longer mapped.
-    with safe_open(path, "pt") as file:
-        stored = file.get_slice(name)
-        if tuple(stored.get_shape()) != tuple(parameter.shape):
-            raise ValueError(
-                f"model.name: found {name} of shape {tuple(stored.get_shape())}, "
-                f"expected {tuple(parameter.shape)}"
+    with ExitStack() as stack:
+        paths = {files[each] for each in stored.all_names()}
+        opened = {path: stack.enter_context(safe_open(path, "pt")) for path in paths}
+        if stored.experts is None:
+            (own,) = stored.all_names()
+            rows = opened[files[own]].get_slice(own)
+            _check_shape(own, rows.get_shape(), parameter.shape)
+            _copy_rows(rows, parameter, mesh)
+            return
+        stored.require_experts(name, parameter.shape[0])
+        local, start = local_part(parameter), _first_row(parameter, mesh)
+        for row in range(len(local)):
+            expert = stored.expert(
+                name, start + row, model, lambda each: opened[files[each]].get_tensor(each)
             )
-        if isinstance(parameter, DTensor) and len(local):
-            rows = -(-parameter.shape[0] // mesh.size())  # as torch.chunk divides them
-            start = mesh.get_local_rank() * rows
-            local.copy_(stored[start : start + len(local)])
-        elif not isinstance(parameter, DTensor):
-            local.copy_(stored[:])
+            _check_shape(name, (parameter.shape[0], *expert.shape[1:]), parameter.shape)
+            local[row].copy_(expert[0])
+
+
+def _check_shape(name: str, found: Sequence[int], expected: torch.Size) -> None:
+    if tuple(found) != tuple(expected):
+        raise ValueError(
+            f"model.name: found {name} of shape {tuple(found)}, expected {tuple(expected)}"
+        )
+
+
+def _copy_rows(rows: Any, parameter: Tensor, mesh: DeviceMesh) -> None:
+    """Fills the rank's rows of a parameter from what can be sliced as the whole."""
+    local, start = local_part(parameter), _first_row(parameter, mesh)
+    if len(local):
+        local.copy_(rows[start : start + len(local)])
+
+
+def _first_row(parameter: Tensor, mesh: DeviceMesh) -> int:
+    if not isinstance(parameter, DTensor):
+        return 0
+    return mesh.get_local_rank() * -(-parameter.shape[0] // mesh.size())  # as torch.chunk divides

@@ -9,9 +9,11 @@ weight is W + (alpha / rank) B A.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from hsd.policy.config import AdapterConfig
+from hsd.rollout.protocol import stream_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,67 +32,98 @@ POLICY, TEACHER, REFERENCE = "policy", "teacher", "reference"
 OFF = "off"
 """In the place of a name: the model's own weights alone."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class Adapters:
+    """The adapters of a model, which start equal.
+
+    Attributes:
+        seed: of the factors A; factors B start at zero: the model computes what it did.
+        names: the policy's first; the others follow it.
+    """
+
+    config: AdapterConfig
+    seed: int
+    names: tuple[str, ...] = (POLICY,)
+
+
 _LINEAR = (torch.nn.Linear, Conv1D)
 _BASE = ".base_layer."  # peft's name for the layer that an adapted one wraps
 
 
-def add_adapter(
-    model: PreTrainedModel, config: AdapterConfig, *, seed: int, name: str = POLICY
-) -> None:
-    """Puts an adapter into a model, in place; its own weights are frozen.
+def add_adapters(model: PreTrainedModel, adapters: Adapters) -> None:
+    """Puts adapters into a model, in place; its own weights are frozen.
 
-    Args:
-        seed: of the factor A; B starts at zero: the model computes what it did.
+    The factors of a model on the meta device are there too; `initial_factor` has their values.
 
     Raises:
         ValueError: peft is not installed; or the target modules are none that can be adapted.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise ValueError(
-            "adapter.rank: found peft not installed: pip install hsd-kernels[lora]"
-        ) from None
     causal: Any = model
     # The loss reads the head's weight, and a tied embedding is the head: neither can be adapted.
     heads = (causal.get_input_embeddings(), causal.get_output_embeddings())
-    # An average is beside what it averages. By default not peft's "all-linear", which takes in
-    # experts and routers, whose weights are no layers.
-    targets = (
-        list(_adapted_layers(model))
-        or list(config.target_modules)
-        or [
-            name
-            for name, module in causal.named_modules()
-            if isinstance(module, _LINEAR) and module not in heads
-        ]
-    )
-    options: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": 0.0}
-    lora = LoraConfig(target_modules=targets, **options)
+    config = adapters.config
+    # By default not peft's "all-linear", which takes in experts and routers, whose weights are no
+    # layers.
+    targets = list(config.target_modules) or [
+        name
+        for name, module in causal.named_modules()
+        if isinstance(module, _LINEAR) and module not in heads
+    ]
     causal.requires_grad_(False)
-    try:
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            torch.manual_seed(seed)
-            # Several adapters are meant; of GPT-2's layers, peft says what it does about them.
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`|fan_in_fan")
-            inject_adapter_in_model(lora, causal, adapter_name=name)
-    except (ValueError, RuntimeError) as error:
-        chosen = list(config.target_modules) or "none"
-        raise ValueError(f"adapter.target_modules: found {chosen} ({error})") from None
+    for name in adapters.names:
+        _inject(model, config, name, targets)
+        targets = list(_adapted_layers(model))  # an average is beside what it averages
     adapted = [each.get_base_layer() for each in _adapted_layers(model).values()]
     if any(each in heads or not isinstance(each, _LINEAR) for each in adapted):
         raise ValueError(
             f"adapter.target_modules: found {list(config.target_modules)}, expected linear layers "
             "between the embedding and the output head alone"
         )
-
-
-def add_average(model: PreTrainedModel, config: AdapterConfig, name: str) -> None:
-    """One more adapter, frozen, that starts as the policy's."""
-    add_adapter(model, config, seed=0, name=name)
-    move_adapter(model, name, decay=0.0)
     for layer in _adapted_layers(model).values():
         layer.set_adapter(POLICY)
+    with torch.no_grad():
+        for name, parameter in causal.named_parameters():
+            if is_factor(name) and not parameter.is_meta:
+                parameter.copy_(initial_factor(name, parameter.shape, seed=adapters.seed))
+
+
+def _inject(model: PreTrainedModel, config: AdapterConfig, name: str, targets: list[str]) -> None:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise ValueError(
+            "adapter.rank: found peft not installed: pip install hsd-kernels[lora]"
+        ) from None
+    options: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": 0.0}
+    lora = LoraConfig(target_modules=targets, **options)
+    causal: Any = model
+    on_meta = any(each.is_meta for each in causal.parameters())
+    try:
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            # Several adapters are meant; of GPT-2's layers, peft says what it does about them.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`|fan_in_fan")
+            inject_adapter_in_model(lora, causal, adapter_name=name, low_cpu_mem_usage=on_meta)
+    except (ValueError, RuntimeError) as error:
+        chosen = list(config.target_modules) or "none"
+        raise ValueError(f"adapter.target_modules: found {chosen} ({error})") from None
+
+
+def initial_factor(name: str, shape: torch.Size, *, seed: int) -> Tensor:
+    """(rank, in) or (out, rank) float32, what a factor starts as.
+
+    A by its layer's name, uniform within 1 / sqrt(in) as peft draws it, so that whoever holds a
+    part of a model has the same; B zero.
+
+    Args:
+        name: of the factor in the model's state.
+    """
+    layer, is_first, _ = name.partition(".lora_A.")
+    if not is_first:
+        return torch.zeros(shape)
+    generator = torch.Generator().manual_seed(stream_seed("adapter", seed, layer))
+    bound = 1.0 / math.sqrt(shape[1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 @torch.no_grad()
@@ -102,6 +136,11 @@ def move_adapter(model: PreTrainedModel, name: str, *, decay: float) -> None:
 
 def has_adapters(model: torch.nn.Module) -> bool:
     return hasattr(model, "peft_config")
+
+
+def name_in_files(name: str) -> str:
+    """The name that a weight of an adapted model has in a model without adapters."""
+    return name.replace(_BASE, ".")
 
 
 def is_factor(name: str) -> bool:

@@ -19,7 +19,7 @@ from hsd.policy.adapters import (
     POLICY,
     REFERENCE,
     TEACHER,
-    add_average,
+    Adapters,
     has_adapters,
     move_adapter,
 )
@@ -91,26 +91,27 @@ def make_policy(
     )
 
 
+def adapters_for(config: AdapterConfig, objective: ObjectiveConfig, *, seed: int) -> Adapters:
+    """The adapters of a policy: its own, and one more for each average that moves."""
+    names = [POLICY]
+    if objective.teacher == "ema":
+        names.append(TEACHER)
+    if _refreshed(objective):
+        names.append(REFERENCE)
+    return Adapters(config=config, seed=seed, names=tuple(names))
+
+
 def make_adapted_policy(
-    model: PreTrainedModel,
-    adapter: AdapterConfig,
-    objective: ObjectiveConfig,
-    *,
-    compute_dtype: torch.dtype,
+    model: PreTrainedModel, objective: ObjectiveConfig, *, compute_dtype: torch.dtype
 ) -> Policy:
-    """One model with an adapter as the policy, its teacher and its reference.
+    """One model as the policy, its teacher and its reference.
 
     Args:
-        model: with an adapter by `add_adapter`; what an objective moves is an adapter beside it.
+        model: with the adapters of `adapters_for`.
     """
     head = _head(model)
-    initial_adapter = OFF
-    if _refreshed(objective):
-        initial_adapter = REFERENCE
-        add_average(model, adapter, REFERENCE)
+    initial_adapter = REFERENCE if _refreshed(objective) else OFF
     teacher_adapter = {"live": POLICY, "ema": TEACHER}.get(objective.teacher, OFF)
-    if teacher_adapter == TEACHER:
-        add_average(model, adapter, TEACHER)
     taught = objective.teacher != "none"
     return Policy(
         model=model,

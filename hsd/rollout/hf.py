@@ -37,6 +37,9 @@ class HfEngine:
     ) -> None:
         own: Any = copy_without_adapters(model)
         self._model: Any = own.to(compute_dtype).requires_grad_(False)
+        if getattr(own.config, "output_router_logits", False):
+            # For a loss that generation has no use for, and that fails beside a cache.
+            own.config.output_router_logits = False
         self._stop_ids = frozenset(stop_token_ids(model, tokenizer))
         self._batch_rows = batch_rows
         self._version = 0

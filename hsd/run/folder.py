@@ -22,6 +22,7 @@ from hsd.objective.batch import JudgedRollout
 from hsd.policy.load import save_policy
 from hsd.recipe import to_dict
 from hsd.rollout.groups import Group
+from hsd.run.lock import FolderLock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,6 +39,7 @@ class RunFolder:
     Args:
         path: must not exist, or be empty; when resuming, the run's.
         config: what the run does.
+        lock: of the path; when resuming, taken.
         resume: the bytes of metrics.jsonl and rollouts.jsonl to go on from; what is behind them
             is cut off.
         done: steps before them.
@@ -53,6 +55,7 @@ class RunFolder:
         path: Path,
         config: Config,
         *,
+        lock: FolderLock,
         resume: tuple[int, int] | None = None,
         done: int = 0,
     ) -> None:
@@ -65,6 +68,7 @@ class RunFolder:
             raise FileExistsError(f"run_dir: found {path} in use, expected a new or empty folder")
         else:
             (path / STATES).mkdir(parents=True)
+            lock.take()
         try:
             trackers = open_trackers(
                 config.logging, path, title=path.name, recorded=recorded, done=done
@@ -73,6 +77,7 @@ class RunFolder:
             if resume is None:
                 remove_traces(path)
                 shutil.rmtree(path / STATES)
+                lock.release()
                 path.rmdir()
             raise
         if resume is None:
@@ -82,6 +87,7 @@ class RunFolder:
             fresh.rename(path / "config.json")
         self.path = path
         self._title = path.name
+        self._lock = lock
         self._trackers = trackers
         self._metrics, self._rollouts = map(JsonLines, files)
 
@@ -146,6 +152,7 @@ class RunFolder:
         shutil.rmtree(self.path / STATES, ignore_errors=True)
         for name in ("config.json", "metrics.jsonl", "rollouts.jsonl"):
             (self.path / name).unlink(missing_ok=True)
+        self._lock.release()
         with contextlib.suppress(OSError):  # not ours, what else is in it
             self.path.rmdir()
 

@@ -19,6 +19,7 @@ from hsd.rollout.protocol import EngineError
 from hsd.rollout.replay import ReplayError
 from hsd.run.folder import STATES, RunFolder
 from hsd.run.launch import Launch, parse_launch
+from hsd.run.lock import FolderLock
 from hsd.run.profiling import profiled
 from hsd.run.resume import Position, Questions, read_position, restore
 from hsd.run.session import Session
@@ -45,8 +46,8 @@ def train(launch: Launch, world: World, console: Console) -> None:
     path = config.run_dir or Path("runs") / "run"
     if config.rollout.top_p < 1:
         console.print("[yellow]rollout.top_p < 1: peers are no exact samples of the policy")
-    with Stopping() as stopping:
-        session = _start(launch, path, world, console, stopping)
+    with Stopping() as stopping, FolderLock(path) as lock:
+        session = _start(launch, path, world, console, stopping, lock)
         try:
             _guarded(session)
         finally:
@@ -61,10 +62,18 @@ def train(launch: Launch, world: World, console: Console) -> None:
 
 
 def _start(
-    launch: Launch, path: Path, world: World, console: Console, stopping: Stopping
+    launch: Launch,
+    path: Path,
+    world: World,
+    console: Console,
+    stopping: Stopping,
+    lock: FolderLock,
 ) -> Session:
     config, run = launch.config, None
     try:
+        if launch.resume and world.is_main:
+            lock.take()
+        world.barrier()  # nobody looks at what another job may still change
         whole = whole_checkpoints(path / STATES) if launch.resume else []
         position = read_position(whole[-1][1]) if whole else Position()
         if launch.resume:
@@ -72,7 +81,7 @@ def _start(
         world.barrier()  # all ranks have looked
         if world.is_main:
             files = position.files if launch.resume else None
-            run = RunFolder(path, config, resume=files, done=position.step)
+            run = RunFolder(path, config, lock=lock, resume=files, done=position.step)
         trainer = prepare(
             config, world, console, replay=launch.replay, resumed=launch.resume and bool(whole)
         )

@@ -38,6 +38,18 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite-scale": ("Granite", {"logits_scaling": 3.0, "tie_word_embeddings": False}),
     "phi-bias": ("Phi", {}),
     "gpt2-positions": ("GPT2", {"n_inner": 64, "resid_pdrop": 0.0}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {
+            "head_dim": 16,
+            "moe_intermediate_size": 24,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "output_router_logits": True,
+            "router_aux_loss_coef": 0.1,
+        },
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
     "opt-positions": ("OPT", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
 }
 

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from hsd.config import Config, ModelConfig, ObjectiveConfig
 from hsd.distributed.budget.command import BudgetArguments, scenario_of
-from hsd.distributed.config import ShardingConfig
 from hsd.distributed.fsdp import whole_weights
 from hsd.distributed.process import World
 from hsd.metrics import read_json_lines
@@ -30,7 +29,8 @@ from hsd.policy.adapters import (
     POLICY,
     REFERENCE,
     TEACHER,
-    add_adapter,
+    Adapters,
+    add_adapters,
     computing_with,
     merged,
 )
@@ -58,6 +58,10 @@ def config(**objective: Any) -> Config:
         adapter=ADAPTER,
         objective=ObjectiveConfig(**{"ref_coef": 0.3, **objective}),
     )
+
+
+def adapters(**changes: Any) -> Adapters:
+    return Adapters(config=AdapterConfig(**changes), seed=0)
 
 
 def adapted(model: Any, **objective: Any) -> Policy:
@@ -275,14 +279,12 @@ def test_what_cannot_be_adapted_is_named(
 ) -> None:
     for modules in (("lm_head",), ("nowhere",), ("norm",)):
         with pytest.raises(ValueError, match=r"adapter\.target_modules: found"):
-            add_adapter(make_model(), AdapterConfig(rank=1, target_modules=modules), seed=0)
+            add_adapters(make_model(), adapters(rank=1, target_modules=modules))
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"adapter\.rank: found peft not installed"):
-        add_adapter(make_model(), AdapterConfig(rank=1), seed=0)
+        add_adapters(make_model(), adapters(rank=1))
     with pytest.raises(ValueError, match=r"adapter\.alpha: found 8.0, expected adapter\.rank"):
         AdapterConfig(alpha=8.0)
-    with pytest.raises(ValueError, match=r"adapter\.rank: found 3, expected 0 with sharding"):
-        Config(adapter=ADAPTER, sharding=ShardingConfig(mode="full"))
     with pytest.raises(ValueError, match=r"adapter\.rank: found 3, expected 0: a budget"):
         scenario_of(Config(adapter=ADAPTER), BudgetArguments(recipe=Path("any.toml")))
 
@@ -303,12 +305,35 @@ def test_of_a_mixture_of_experts_attention_is_adapted(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(read), logits(policy.model), atol=1e-4, rtol=1e-4)
     for modules in (("gate_proj",), ("experts",), ("gate",)):
         with pytest.raises(ValueError, match=r"adapter\.target_modules: found"):
-            add_adapter(make(), AdapterConfig(rank=1, target_modules=modules), seed=0)
+            add_adapters(make(), adapters(rank=1, target_modules=modules))
 
 
 def test_target_modules_are_ends_of_names(make_model: MakeModel) -> None:
     model = make_model()
-    add_adapter(model, AdapterConfig(rank=1, target_modules=("q_proj",)), seed=0)
+    add_adapters(model, adapters(rank=1, target_modules=("q_proj",)))
     factors = {n for n, p in model.named_parameters() if p.requires_grad}
     assert len(factors) == 2 * 2  # two layers, A and B
     assert all(".q_proj." in name for name in factors)
+
+
+def test_factors_depend_on_seed_and_layer_alone(make_model: MakeModel) -> None:
+    def factors(seed: int, **changes: Any) -> dict[str, Tensor]:
+        model = make_model()
+        names = (POLICY, TEACHER)
+        chosen = Adapters(config=AdapterConfig(rank=2, **changes), seed=seed, names=names)
+        add_adapters(model, chosen)
+        return {n: p for n, p in model.named_parameters() if ".lora_" in n}
+
+    first, fewer, other = factors(0), factors(0, target_modules=("up_proj",)), factors(1)
+    assert fewer.keys() < first.keys()
+    assert all(torch.equal(first[name], fewer[name]) for name in fewer)
+    for name, factor in first.items():
+        if ".lora_B." in name:
+            assert not factor.any()
+            continue
+        assert torch.equal(factor, first[name.replace(POLICY, TEACHER)])
+        assert not torch.equal(factor, other[name])
+        bound = factor.shape[1] ** -0.5
+        assert 0.8 * bound < factor.abs().max() <= bound and abs(factor.mean()) < 0.3 * bound
+    distinct = [f for n, f in first.items() if f".lora_A.{POLICY}" in n and f.shape[1] == 32]
+    assert not any(torch.equal(distinct[0], each) for each in distinct[1:])

@@ -75,7 +75,7 @@ def test_greedy_is_what_transformers_generates_prompt_by_prompt(
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
 @pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", [*ARCHITECTURES, "qwen3-moe"])
 def test_logprobs_are_those_of_a_forward_pass_at_the_sampling_temperature(
     kind: str,
     prompts: list[list[int]],

@@ -57,6 +57,13 @@ STATEFUL = {
 }
 
 
+def sharded(
+    *, offload: str = "none", offload_reference: bool = False, **changes: Any
+) -> dict[str, Any]:
+    sharding = {"mode": "full", "offload": offload, "offload_reference": offload_reference}
+    return {"sharding": sharding, "warmup": {"steps": 0}, **changes}
+
+
 @pytest.fixture
 def go(tmp_path: Path, make_recipe: MakeRecipe, run_hsd: RunHsd) -> Go:
     """`hsd train` of the tiny recipe with changes; its exit code and run folder."""
@@ -129,6 +136,21 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], Non
             {"teacher"},
         ),
         (signal.SIGTERM, 143, "llama-tied", {"adapter": {"rank": 2}}, {"model"}),
+        (signal.SIGTERM, 143, "llama", sharded(offload="optimizer", offload_reference=True), set()),
+        (
+            signal.SIGTERM,
+            143,
+            "llama-tied",
+            sharded(offload="all", offload_reference=True, objective={"ref_coef": 0.1}, rollout={}),
+            {"reference"},
+        ),
+        (
+            signal.SIGTERM,
+            143,
+            "llama-tied",
+            sharded(offload="optimizer", adapter={"rank": 2}),
+            {"model"},
+        ),
     ],
 )
 def test_a_signal_ends_the_step_and_the_run_resumes_bit_by_bit(

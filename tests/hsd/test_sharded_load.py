@@ -19,6 +19,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from hsd.distributed.config import ShardingConfig
 from hsd.distributed.fsdp import local_part
 from hsd.distributed.load import load_sharded
+from hsd.policy.adapters import Adapters, add_adapters
+from hsd.policy.config import AdapterConfig
 
 SHARDED = ShardingConfig(mode="full")
 RANKS = 3
@@ -43,7 +45,9 @@ def load(path: Path, mesh: DeviceMesh, **options: Any) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("rank", range(RANKS))
-@pytest.mark.parametrize("kind", ["llama", "llama-tied", "phi-bias", "gpt2-positions"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "llama-tied", "phi-bias", "gpt2-positions", "qwen3-moe", "mixtral"]
+)
 def test_a_rank_has_its_rows_of_every_weight(
     kind: str, rank: int, mesh_of: MeshOf, make_model: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -69,6 +73,96 @@ def test_a_frozen_model_is_of_the_dtype_asked_for(
     frozen = load(model_directory, mesh_of(0), frozen=True, dtype=dtype)
     assert {each.dtype for each in frozen.parameters()} == {dtype}
     assert not any(each.requires_grad for each in frozen.parameters())
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_a_rank_has_its_rows_of_adapters(
+    rank: int, mesh_of: MeshOf, make_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    whole = make_model("llama-tied")
+    whole.save_pretrained(tmp_path, max_shard_size="20KB")
+    adapters = Adapters(config=AdapterConfig(rank=2), seed=3, names=("policy", "teacher"))
+    sharded = load(tmp_path, mesh_of(rank), adapters=adapters)
+    add_adapters(whole, adapters)
+    expected = dict(whole.named_parameters())
+    found = dict(sharded.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, part in found.items():
+        chunks = expected[name].chunk(RANKS)
+        own = chunks[rank] if rank < len(chunks) else expected[name][:0]
+        assert torch.equal(local_part(part), own), name
+        assert part.requires_grad == expected[name].requires_grad, name
+
+
+def joined(weights: dict[str, torch.Tensor]) -> None:
+    """As other files hold experts: as the model does."""
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        parts = {
+            part: torch.stack([weights.pop(f"{prefix}{n}.{part}_proj.weight") for n in range(4)])
+            for part in ("gate", "up", "down")
+        }
+        weights[f"{prefix}gate_up_proj"] = torch.cat((parts["gate"], parts["up"]), dim=1)
+        weights[f"{prefix}down_proj"] = parts["down"]
+
+
+def test_experts_that_files_hold_as_one_weight_are_read_too(
+    mesh_of: MeshOf, make_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    whole = make_model("qwen3-moe")
+    whole.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    joined(weights)
+    save_file(weights, tmp_path / "model.safetensors")
+    sharded = load(tmp_path, mesh_of(1))
+    for name in ("gate_up_proj", "down_proj"):
+        own = sharded.get_parameter(f"model.layers.1.mlp.experts.{name}")
+        assert torch.equal(
+            local_part(own), whole.get_parameter(f"model.layers.1.mlp.experts.{name}")[2:4]
+        )
+
+
+def drop_expert(weights: dict[str, torch.Tensor]) -> None:
+    del weights["model.layers.0.mlp.experts.2.up_proj.weight"]
+
+
+def drop_experts(weights: dict[str, torch.Tensor]) -> None:
+    for number in range(4):
+        del weights[f"model.layers.0.mlp.experts.{number}.down_proj.weight"]
+
+
+def renumber_expert(weights: dict[str, torch.Tensor]) -> None:
+    for part in ("gate", "up"):
+        name = "model.layers.0.mlp.experts.{}.{}_proj.weight".format
+        weights[name(7, part)] = weights.pop(name(2, part))
+
+
+def reshape_expert(weights: dict[str, torch.Tensor]) -> None:
+    weights["model.layers.0.mlp.experts.0.down_proj.weight"] = torch.ones(32, 23)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop_expert, "found 7 weights of experts for model.layers.0.mlp.experts.gate_up_proj"),
+        (drop_experts, "found no weight model.layers.0.mlp.experts.down_proj in the files"),
+        (renumber_expert, r"found experts 0, 1, 3, 7 for model.layers.0.mlp.experts.gate_up_proj"),
+        (reshape_expert, r"found model.layers.0.mlp.experts.down_proj of shape \(4, 32, 23\)"),
+    ],
+)
+def test_files_of_other_experts_are_refused(
+    change: Callable[[dict[str, torch.Tensor]], None],
+    message: str,
+    mesh_of: MeshOf,
+    make_model: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    make_model("qwen3-moe").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    change(weights)
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, mesh_of(0))
 
 
 def drop(weights: dict[str, torch.Tensor]) -> None:
@@ -150,12 +244,22 @@ print(resident("VmHWM") - before)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "sizes_of_kind"),
+    [
+        ("llama", {"intermediate_size": 2048}),
+        ("qwen3-moe", {"moe_intermediate_size": 128, "num_experts": 16}),
+    ],
+)
 def test_host_memory_peaks_at_the_share_and_one_weight(
-    make_model: Callable[..., Any], tmp_path: Path, model_directory: Path
+    kind: str,
+    sizes_of_kind: dict[str, int],
+    make_model: Callable[..., Any],
+    tmp_path: Path,
+    model_directory: Path,
 ) -> None:
-    model = make_model(
-        "llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=8, vocab_size=16_000
-    )
+    shape = {"hidden_size": 512, "num_hidden_layers": 8, "vocab_size": 16_000}
+    model = make_model(kind, **shape, **sizes_of_kind)
     sizes = [each.nbytes for each in model.parameters()]
     model.save_pretrained(tmp_path, max_shard_size="20MB")
     del model

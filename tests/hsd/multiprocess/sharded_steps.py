@@ -8,25 +8,29 @@ from dataclasses import replace
 import torch
 from sharding_cases import Case, Groups
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from hsd.distributed.fsdp import full_parameters
 from hsd.distributed.process import World
 from hsd.objective.normalisation import NORMALISATIONS, StepTotals
 from hsd.objective.step import accumulate_gradients
 from hsd.policy.optimizer import adamw, clipped_step
 from hsd.policy.packing import TrainingRow
 from hsd.policy.teachers import Policy, after_update
+from hsd.rollout.weight_sync import full_state
 
-MAX_GRAD_NORM = 0.05
-"""Below that of every gradient here: the clipped step needs the norm of the whole."""
+EPS = 1e-6
+"""AdamW's, of gradients whose numbers are 3e-4 in the root mean square once they are clipped.
 
-
+Sums in another order differ by about 3e-11. AdamW divides by the gradient's size, down to eps: at
+1e-8 a difference can become 3e-3 of a number's whole step, and 2e-5 of the norm of them all. A
+factor in the gradient shows no less: eps is what AdamW sees it by.
+"""
 OnStep = Callable[[int, str, Tensor], None]
 
 
 def flat(model: torch.nn.Module) -> Tensor:
-    """All parameters of a model, whole and in one vector."""
-    return torch.cat([whole.flatten() for _, whole in full_parameters(model)]).clone()
+    """All parameters of a model, adapters among them, whole and in one vector."""
+    return torch.cat([_whole(each.detach()).flatten() for each in model.parameters()]).clone()
 
 
 def flat_gradient(model: torch.nn.Module) -> Tensor:
@@ -35,21 +39,28 @@ def flat_gradient(model: torch.nn.Module) -> Tensor:
         gradient = parameter.grad
         if gradient is None:
             gradient = torch.zeros_like(parameter)
-        full: Tensor = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-        parts.append(full.flatten())
+        parts.append(_whole(gradient).flatten())
     return torch.cat(parts)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def run_steps(
     case: Case, policy: Policy, steps: Sequence[Groups], world: World, on_step: OnStep
 ) -> None:
-    """Trains on the groups of every step that are this rank's; reports gradient and change."""
+    """Trains on the groups of every step that are this rank's; reports gradient and change.
+
+    And in the end the weights as an engine gets them.
+    """
     before = flat(policy.model)
     parameters = list(policy.model.parameters())
     optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=1.0)
     if case.optimizer == "adamw":
         on_host = case.sharding.offload == "optimizer"
         optimizer = adamw(parameters, 1.0, on_host=on_host)
+        optimizer.param_groups[0]["eps"] = EPS
     rate = 1.0 if case.optimizer == "sgd" else 1e-3
     mine = case.shares[world.rank] if world.size > 1 else sum(case.shares, ())
     for number, groups in enumerate(steps):
@@ -62,9 +73,11 @@ def run_steps(
             temperature=1.0,
         )
         on_step(number, "gradient", flat_gradient(policy.model))
-        clipped_step(optimizer, parameters, learning_rate=rate, max_grad_norm=MAX_GRAD_NORM)
+        clipped_step(optimizer, parameters, learning_rate=rate, max_grad_norm=case.max_grad_norm)
         after_update(policy, case.objective, updates=number + 1)
         on_step(number, "change", flat(policy.model) - before)
+    sent = full_state(policy.model, torch.float32, keep=True)
+    on_step(len(steps), "sent", torch.cat([each.flatten() for each in sent.values()]))
 
 
 def normalised(groups: Groups, name: str, world: World) -> list[TrainingRow]:

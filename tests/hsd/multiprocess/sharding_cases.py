@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hsd.config import ObjectiveConfig
+from hsd.config import Config, ObjectiveConfig
 from hsd.distributed.config import ShardingConfig
+from hsd.policy.config import AdapterConfig
 from hsd.policy.packing import TrainingRow
 
 STEPS = 5
@@ -22,10 +23,12 @@ class Case:
     Attributes:
         model: of conftest's architectures.
         shares: of each rank, the questions.
+        max_grad_norm: by default below that of every gradient here: the clipped step needs the norm
+            of the whole.
         divide_factor: what FSDP divides gradients by; 1 is right.
     """
 
-    model: Literal["llama", "llama-tied"]
+    model: Literal["llama", "llama-tied", "qwen3-moe"]
     shares: tuple[tuple[int, ...], ...]
     optimizer: Literal["sgd", "adamw"] = "sgd"
     normalisation: str = "sequence"
@@ -33,9 +36,15 @@ class Case:
     teacher: str = "live"
     token_loss: str = "divergence"
     compute_dtype: str = "float32"
+    max_grad_norm: float = 0.05
     divide_factor: float = 1.0
     packed: bool = False
+    adapter_rank: int = 0
     sharding: ShardingConfig = field(default_factory=lambda: ShardingConfig(mode="full"))
+
+    @property
+    def config(self) -> Config:
+        return Config(adapter=AdapterConfig(rank=self.adapter_rank), objective=self.objective)
 
     @property
     def objective(self) -> ObjectiveConfig:
@@ -92,6 +101,28 @@ TWO_RANKS = {
         optimizer="adamw",
         sharding=ShardingConfig(mode="full", offload="all"),
     ),
+    "adapter": Case(model="llama", shares=UNEVEN, adapter_rank=4, sharding=CHECKPOINTED),
+    "adapter-adamw": Case(
+        model="llama-tied",
+        shares=IDLE,
+        optimizer="adamw",
+        normalisation="token",
+        teacher="initial",
+        adapter_rank=3,
+    ),
+    "adapter-averages": Case(
+        model="llama-tied",
+        shares=EVEN,
+        optimizer="adamw",
+        teacher="ema",
+        adapter_rank=2,
+        sharding=ShardingConfig(mode="full", offload="optimizer"),
+    ),
+    "experts": Case(model="qwen3-moe", shares=UNEVEN, teacher="ema", sharding=CHECKPOINTED),
+    "experts-adamw": Case(
+        model="qwen3-moe", shares=IDLE, optimizer="adamw", normalisation="token_global"
+    ),
+    "experts-adapter": Case(model="qwen3-moe", shares=UNEVEN, adapter_rank=2, packed=True),
 }
 THREE_RANKS = {
     "tied": Case(model="llama-tied", shares=((0,), (1, 2, 3), ()), sharding=CHECKPOINTED),
@@ -101,10 +132,16 @@ THREE_RANKS = {
     "adamw": Case(
         model="llama", shares=((0,), (1,), (2, 3)), optimizer="adamw", normalisation="token_global"
     ),
+    "adapter": Case(  # of its factors A, a rank has one row or none
+        model="llama", shares=((0,), (1, 2, 3), ()), optimizer="adamw", adapter_rank=2
+    ),
+    "experts": Case(model="qwen3-moe", shares=((0, 3), (1,), (2,))),
 }
-WRONG = {
-    "averaged": Case(model="llama-tied", shares=EVEN, divide_factor=2.0),
-    "averaged-adamw": Case(model="llama-tied", shares=EVEN, optimizer="adamw", divide_factor=2.0),
+WRONG = {  # by the number of ranks; clipping would hide it from the change of the parameters
+    "averaged": Case(model="llama-tied", shares=EVEN, divide_factor=2.0, max_grad_norm=1e6),
+    "averaged-adamw": Case(
+        model="llama-tied", shares=EVEN, optimizer="adamw", divide_factor=2.0, max_grad_norm=1e6
+    ),
 }
 ROUNDED = {
     f"bfloat16-{model}": Case(model=model, shares=((0, 1, 2, 3), ()), compute_dtype="bfloat16")  # type: ignore[arg-type]

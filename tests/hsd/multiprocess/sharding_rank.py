@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from hsd.distributed.load import load_sharded
 from hsd.distributed.process import World, join_world, leave_world, sharding_mesh
 from hsd.policy.attention import with_packing
 from hsd.policy.optimizer import adamw
-from hsd.policy.teachers import make_policy
+from hsd.trainer import sharded_policy
 
 
 def train(folder: Path, name: str, case: Case, world: World) -> None:
@@ -32,16 +32,10 @@ def train(folder: Path, name: str, case: Case, world: World) -> None:
     load = partial(
         load_sharded, folder / case.model, case.sharding, sharding_mesh(), compute_dtype=dtype
     )
-    model = load()
-    for module in model.modules():
+    policy = sharded_policy(case.config, load, dtype)
+    for module in policy.model.modules():
         if isinstance(module, FSDPModule) and case.divide_factor != 1.0:
             module.set_gradient_divide_factor(case.divide_factor)
-    policy = make_policy(
-        model,
-        case.objective,
-        compute_dtype=dtype,
-        copy_of=lambda _, moves: load(frozen=True, dtype=torch.float32 if moves else dtype),
-    )
     policy = with_packing(policy, "packed" if case.packed else "padded")
     found: dict[str, Tensor] = {}
 
@@ -49,7 +43,8 @@ def train(folder: Path, name: str, case: Case, world: World) -> None:
         found[f"{kind}/{step}"] = values.float().contiguous()
 
     run_steps(case, policy, rows_of_steps(), world, keep)
-    tied = policy.head.weight is model.get_input_embeddings().weight
+    embedding: Any = policy.model.get_input_embeddings()
+    tied = policy.head.weight is embedding.weight
     found["tied"] = torch.tensor(tied)
     save_file(found, folder / f"{name}-{world.rank}.safetensors")
 

@@ -86,11 +86,17 @@ def assert_ends_at_once(how: str, run: Path, recipe: Path, cache: Path) -> str:
     return ours
 
 
-@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize(("mode", "rank"), [("none", 0), ("full", 0), ("full", 2)])
 def test_a_rank_that_fails_ends_the_job_with_one_traceback_and_three_ranks_go_on(
-    mode: str, tmp_path: Path, make_recipe: Callable[..., Path], run_hsd: Callable[..., int]
+    mode: str,
+    rank: int,
+    tmp_path: Path,
+    make_recipe: Callable[..., Path],
+    run_hsd: Callable[..., int],
 ) -> None:
-    changes = {**CHANGES, "warmup": {"steps": 0}} if mode == "full" else CHANGES
+    changes = {**CHANGES, "adapter": {"rank": rank}}
+    if mode == "full":
+        changes["warmup"] = {"steps": 0}
     run = tmp_path / "run"
     recipe = make_recipe(tmp_path / "recipe", {**changes, "sharding": {"mode": mode}})
     err = assert_ends_at_once("broken", run, recipe, tmp_path / "cache")
@@ -106,6 +112,30 @@ def test_a_rank_that_fails_ends_the_job_with_one_traceback_and_three_ranks_go_on
         assert column(run, name) == pytest.approx(column(tmp_path / "whole", name), rel=1e-3)
     found, expected = weights(run), weights(tmp_path / "whole")
     assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sharding": {"mode": "full", "offload": "optimizer", "offload_reference": True}},
+        {"sharding": {"mode": "full", "offload": "all"}, "adapter": {"rank": 2}},
+    ],
+    ids=["offloaded", "adapter"],
+)
+def test_two_ranks_that_were_killed_resume_bit_by_bit(
+    changes: dict[str, Any], tmp_path: Path, make_recipe: Callable[..., Path]
+) -> None:
+    recipe = make_recipe(tmp_path / "recipe", {**CHANGES, **changes, "warmup": {"steps": 0}})
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    assert_ends_at_once("killed", run, recipe, tmp_path / "cache")
+    for words in (["--resume", run], [recipe, "--run-dir", whole]):
+        job = launch(HERE / "forked.py", 2, *words, cache=tmp_path / "cache")
+        _, err = job.communicate(timeout=240)
+        assert job.returncode == 0, err
+    assert drawn(run) == drawn(whole)
+    for name in ("loss", "kl", "ref_kl", "grad_norm"):
+        assert column(run, name) == column(whole, name)
+    assert torch.equal(weights(run), weights(whole))
 
 
 @pytest.mark.skipif("HSD_KILLS" not in os.environ, reason="one of the longer ones: HSD_KILLS=20")
