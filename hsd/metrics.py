@@ -49,11 +49,15 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a JSONL file.
 
     Raises:
-        ValueError: a line does not parse; names its number.
+        ValueError: a line does not parse; names its number. Or the file is not UTF-8.
     """
     records = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: found no UTF-8 ({error}), expected a JSONL file") from None
     # Not splitlines(): JSON may hold other line separators of Unicode as they are.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line:
             continue
         try:

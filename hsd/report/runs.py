@@ -78,12 +78,27 @@ def read_run(path: Path) -> Run:
     for number, record in enumerate(records, start=1):
         if not isinstance(record, dict) or type(record.get("step")) is not int:
             raise ValueError(f"{metrics_path}:{number}: found no record of a step, expected one")
+        if record.get("kind") == "evaluation" and not _counts_successes(record):
+            raise ValueError(
+                f"{metrics_path}:{number}: found an evaluation without samples and "
+                "correct_per_question, expected hsd train's record"
+            )
     return Run(
         name=path.resolve().name,
         path=path,
         config=config,
         steps=_last_of_each_step(records, "step"),
         evaluations=_last_of_each_step(records, "evaluation"),
+    )
+
+
+def _counts_successes(evaluation: Record) -> bool:
+    counts = evaluation.get("correct_per_question")
+    return (
+        type(evaluation.get("samples")) is int
+        and isinstance(counts, list)
+        and bool(counts)
+        and all(type(count) is int for count in counts)
     )
 
 

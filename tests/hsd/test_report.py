@@ -218,6 +218,14 @@ def test_names_are_data(tmp_path: Path) -> None:
         (lambda path: (path / "config.json").write_text("{"), "found no configuration"),
         (lambda path: (path / "metrics.jsonl").write_text("3\n"), "metrics.jsonl:1: found no rec"),
         (lambda path: (path / "metrics.jsonl").write_text("{\n"), "metrics.jsonl:1: "),
+        (
+            lambda path: (path / "metrics.jsonl").write_bytes(b"\xff\n"),
+            "metrics.jsonl: found no UTF",
+        ),
+        (
+            lambda path: (path / "metrics.jsonl").write_text('{"kind": "evaluation", "step": 8}\n'),
+            "metrics.jsonl:1: found an evaluation without samples",
+        ),
     ],
 )
 def test_bad_input_is_one_line(
