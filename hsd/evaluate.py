@@ -195,7 +195,7 @@ def _evaluate_run(arguments: EvalArguments) -> None:
     from hsd.policy.precision import compute_dtype
     from hsd.rollout.hf import HfEngine
 
-    _require_in_range(arguments)
+    _check(arguments)
     config, name, folder = _what_to_evaluate(arguments)
     model, tokenizer = load_policy(name)
     task = load_task(config.task)
@@ -253,7 +253,7 @@ def _evaluate_run(arguments: EvalArguments) -> None:
         console.print(f"a verifier failed: {pool.last_error}", markup=False)
 
 
-def _require_in_range(arguments: EvalArguments) -> None:
+def _check(arguments: EvalArguments) -> None:
     for name, value, lowest in (
         ("samples", arguments.samples, 1),
         ("temperature", arguments.temperature, 0),
