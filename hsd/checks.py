@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import PurePath
 
 
 def require(name: str, value: object, condition: bool, expected: str) -> None:
@@ -14,4 +15,5 @@ def require(name: str, value: object, condition: bool, expected: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name}: found {value!r}, expected a finite number")
     if not condition:
-        raise ValueError(f"{name}: found {value!r}, expected {expected}")
+        found = str(value) if isinstance(value, PurePath) else value
+        raise ValueError(f"{name}: found {found!r}, expected {expected}")

@@ -57,8 +57,12 @@ class Completions:
         expected = {"settings": json.loads(json.dumps(settings))}
         if records and records[0] != expected:
             raise ValueError(f"{path}: found another evaluation, expected one of equal settings")
-        for record in records[1:]:
-            self._done[record["question"]] = [Completion(**each) for each in record["completions"]]
+        for number, record in enumerate(records[1:], start=2):
+            try:
+                completions = [Completion(**each) for each in record["completions"]]
+                self._done[record["question"]] = completions
+            except (KeyError, TypeError):
+                raise ValueError(f"{path}:{number}: found no completions, expected some") from None
         self._file = JsonLines(path)
         if not records:
             self._file.write(expected)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 import pydantic
 
@@ -19,6 +21,9 @@ from hsd.objective.config import ObjectiveConfig
 from hsd.policy.config import AdapterConfig
 from hsd.rollout.config import EngineConfig
 from hsd.run.config import RecoveryConfig
+
+Rule: TypeAlias = tuple[str, bool, str]
+"""A key, whether its value has a meaning here, and what was expected if it has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,73 +218,59 @@ class Config:
 
     def _require_applicable(self) -> None:
         """Raises where an option is set that the rest of the configuration does not read."""
-        objective, rollout, context = self.objective, self.rollout, self.context
-        rounds = rollout.sampling_rounds
+        rules = (*self._sharding_rules(), *self._rollout_rules(), *self._context_rules())
+        for name, holds, expected in rules:
+            require(name, attrgetter(name)(self), holds, expected)
+
+    def _sharding_rules(self) -> Iterator[Rule]:
+        whole, expected = self.sharding.mode == "none", "0 with sharding.mode 'full'"
+        yield "credit.every", whole or self.credit.every == 0, expected
+        because = f"{expected}: every rank would hold the whole model"
+        yield "warmup.steps", whole or self.warmup.steps == 0, because
+        files = whole or self.engine.weight_sync == "files"
+        yield "engine.weight_sync", files, "files with sharding.mode 'full'"
+
+    def _rollout_rules(self) -> Iterator[Rule]:
+        objective, rollout = self.objective, self.rollout
         filtered = objective.group_filter != "all" or rollout.max_policy_age is not None
-        require(
+        yield (
             "rollout.sampling_rounds",
-            rounds,
-            rounds == 1 or filtered,
+            filtered or rollout.sampling_rounds == 1,
             "1 without objective.group_filter or rollout.max_policy_age",
         )
-        every, mode = self.credit.every, self.sharding.mode
-        require("credit.every", every, every == 0 or mode == "none", "0 with sharding.mode 'full'")
-        steps = self.warmup.steps
-        require(
-            "warmup.steps",
-            steps,
-            steps == 0 or self.sharding.mode == "none",
-            "0 with sharding.mode 'full': every rank would hold the whole model",
-        )
-        require(
+        yield (
             "rollout.top_p",
-            rollout.top_p,
             self.engine.kind == "hf" or rollout.top_p == 1 or rollout.temperature == 1,
             "1 beside a temperature that is not: vLLM reports log-probs before both or after both",
         )
-        require(
-            "engine.weight_sync",
-            self.engine.weight_sync,
-            self.engine.weight_sync == "files" or self.sharding.mode == "none",
-            "files with sharding.mode 'full'",
-        )
-        updates, questions = self.optimizer.updates_per_step, rollout.questions_per_step
-        require(
+        questions, most = rollout.questions_per_step, rollout.max_new_tokens
+        parts = self.optimizer.updates_per_step <= questions
+        yield (
             "optimizer.updates_per_step",
-            updates,
-            updates <= questions,
+            parts,
             f"at most rollout.questions_per_step, {questions}",
         )
-        overlong = objective.overlong_tokens
-        require(
-            "objective.overlong_tokens",
-            overlong,
-            overlong <= rollout.max_new_tokens,
-            f"at most rollout.max_new_tokens, {rollout.max_new_tokens}",
-        )
-        fallback = context.fallback
-        require(
+        inside = objective.overlong_tokens <= most
+        yield "objective.overlong_tokens", inside, f"at most rollout.max_new_tokens, {most}"
+
+    def _context_rules(self) -> Iterator[Rule]:
+        objective, context, taught = self.objective, self.context, self.objective.teacher != "none"
+        windowed = objective.window != "none"
+        yield (
             "context.fallback",
-            fallback,
-            fallback != "policy_gradient" or objective.has_policy_gradient,
+            context.fallback != "policy_gradient" or objective.has_policy_gradient,
             "a policy gradient in objective.token_loss beside it",
         )
         for name in ("fallback", "show_demonstration"):
-            value = getattr(context, name)
-            unset = objective.teacher != "none" or value == getattr(ContextConfig, name)
-            require(f"context.{name}", value, unset, "objective.teacher beside it")
-        source = self.peers.source
-        require(
+            unset = getattr(context, name) == getattr(ContextConfig, name)
+            yield f"context.{name}", taught or unset, "objective.teacher beside it"
+        yield (
             "peers.source",
-            source,
-            source != "other_prompt" or objective.window == "none",
+            self.peers.source != "other_prompt" or not windowed,
             "group or buffer with objective.window: another question's path does not diverge",
         )
-        if not context.show_peer or objective.teacher == "none":
-            for name in ("source", "choice", "count", "show_failed"):
-                value = getattr(self.peers, name)
-                plain = value == getattr(PeerConfig, name) or (
-                    # The window reads which peer a rollout leaves, and where.
-                    name in ("source", "choice") and objective.window != "none"
-                )
-                require(f"peers.{name}", value, plain, "a teacher and context.show_peer")
+        for name in ("source", "choice", "count", "show_failed"):
+            unset = getattr(self.peers, name) == getattr(PeerConfig, name)
+            # The window reads which peer a rollout leaves, and where.
+            read = (context.show_peer and taught) or (windowed and name in ("source", "choice"))
+            yield f"peers.{name}", read or unset, "a teacher and context.show_peer"

@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from hsd.checks import require
 from hsd.completions import Completion, Completions, settings_key
 from hsd.config import Config
 from hsd.data.contexts import ContextBuilder
@@ -194,15 +195,7 @@ def _evaluate_run(arguments: EvalArguments) -> None:
     from hsd.policy.precision import compute_dtype
     from hsd.rollout.hf import HfEngine
 
-    for name, value, lowest in (
-        ("samples", arguments.samples, 1),
-        ("temperature", arguments.temperature, 0),
-        ("limit", arguments.limit, 1),
-    ):
-        if value is not None and value < lowest:
-            raise ValueError(f"{name}: found {value}, expected at least {lowest}")
-    if arguments.temperature == 0 and arguments.samples != 1:
-        raise ValueError(f"samples: found {arguments.samples}, expected 1 with temperature 0")
+    _check(arguments)
     config, name, folder = _what_to_evaluate(arguments)
     model, tokenizer = load_policy(name)
     task = load_task(config.task)
@@ -260,6 +253,18 @@ def _evaluate_run(arguments: EvalArguments) -> None:
         console.print(f"a verifier failed: {pool.last_error}", markup=False)
 
 
+def _check(arguments: EvalArguments) -> None:
+    for name, value, lowest in (
+        ("samples", arguments.samples, 1),
+        ("temperature", arguments.temperature, 0),
+        ("limit", arguments.limit, 1),
+        ("show-samples", arguments.show_samples, 0),
+    ):
+        require(name, value, value is None or value >= lowest, f"at least {lowest}")
+    alone = arguments.temperature > 0 or arguments.samples == 1
+    require("samples", arguments.samples, alone, "1 with temperature 0")
+
+
 def _what_to_evaluate(arguments: EvalArguments) -> tuple[Config, str, Path]:
     """The configuration, the model's name and the folder for the completions."""
     source, output = arguments.run, arguments.output
@@ -267,6 +272,8 @@ def _what_to_evaluate(arguments: EvalArguments) -> tuple[Config, str, Path]:
         config = load_recipe(source)
         folder = output or Path("evaluations") / source.stem
         return config, arguments.model or config.model.name, folder
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such run folder and no such recipe")
     config = recorded_config(source / "config.json")
     checkpoint = source / "checkpoint"
     if arguments.model is None and not checkpoint.is_dir():

@@ -79,7 +79,7 @@ def _grams(text: str) -> list[tuple[str, ...]]:
 
 def main(argv: list[str]) -> int:
     """`hsd overlap RECIPE ...`; returns the exit code."""
-    config, _ = parse_arguments(argv, prog="hsd overlap")
+    config = parse_arguments(argv, prog="hsd overlap")
     try:
         task = load_task(config.task)
     except (ValueError, OSError) as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import itertools
 import json
@@ -14,19 +15,18 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args
 
 import pydantic
 import tyro
 
 from hsd.config import Config
+from hsd.data.task_configs import TaskConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-OWN_OPTIONS = "[--dry-run] [--replay FILE] [--profile]"
 
 Arguments = TypeVar("Arguments")
 
@@ -82,24 +82,23 @@ def to_dict(config: Config) -> dict[str, Any]:
     return values
 
 
-def parse_arguments(argv: Sequence[str], *, prog: str) -> tuple[Config, bool]:
+def parse_arguments(argv: Sequence[str], *, prog: str, options: str = "") -> Config:
     """RECIPE and overrides, such as `--seed 1 --optimizer.learning-rate 1e-5`.
 
     `--base FILE` puts another recipe in the place of the one that RECIPE's chain of bases ends in:
     the same method with another model, task and sizes.
 
-    Returns:
-        the configuration, and whether it is only to be shown (--dry-run).
+    Args:
+        options: of the command itself, for its help.
 
     Exits with code 2 and one line on stderr where the arguments or the recipe are wrong.
     """
     words = list(argv)
-    dry_run = "--dry-run" in words
-    words = [word for word in words if word != "--dry-run"]
-    if not words or words[0] in ("-h", "--help"):
-        tyro.cli(Config, prog=f"{prog} RECIPE [--base RECIPE] {OWN_OPTIONS}", args=["--help"])
-    if words[0].startswith("-"):
-        fail(f"RECIPE: found {words[0]!r}, expected the path of a recipe first")
+    if words and words[0] in ("-h", "--help"):
+        tyro.cli(Config, prog=f"{prog} RECIPE [--base RECIPE] {options}".rstrip(), args=["--help"])
+    if not words or words[0].startswith("-"):
+        found = repr(words[0]) if words else "none"
+        fail(f"RECIPE: found {found}, expected the path of a recipe first ({prog} --help)")
     path, root = Path(words[0]), _take_base(words)
     try:
         recipe = load_recipe(path, root)
@@ -111,7 +110,7 @@ def parse_arguments(argv: Sequence[str], *, prog: str) -> tuple[Config, bool]:
         stem = path.stem if root is None else f"{path.stem}-{root.stem}"
         name = Path("runs") / f"{stem}-seed{config.seed}"
         config = dataclasses.replace(config, run_dir=_unused(name))
-    return config, dry_run
+    return config
 
 
 def parse_flags(
@@ -131,10 +130,19 @@ def parse_flags(
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             parsed: Arguments = tyro.cli(kind, **options)
     except SystemExit:
-        # tyro's box holds a title, the fault and help, with rules between them.
-        box = re.sub("[│╭╮╰╯]", " ", said.getvalue())
-        fail(re.split("[─-]{9,}", f"{box}{'-' * 9}", maxsplit=2)[1])
+        fail(_fault_of_flags(said.getvalue()))
     return parsed
+
+
+def _fault_of_flags(said: str) -> str:
+    """The fault in tyro's box, which holds a title, the fault and help, with rules between them."""
+    box = re.sub("[│╭╮╰╯]", " ", said)
+    fault, *rest = re.split("[─-]{9,}", f"{box}{'-' * 9}")[1:]
+    if "Unrecognized options" not in fault:
+        return fault
+    near = dict.fromkeys(re.findall(r"^ +(--[\w.-]+)", "\n".join(rest), flags=re.MULTILINE))
+    near.pop("--help", None)  # the last line of the box, where it is broken
+    return f"{fault.strip()}, expected {' or '.join(near) or 'options that --help shows'}"
 
 
 def _take_base(words: list[str]) -> Path | None:
@@ -220,5 +228,17 @@ def _fault(error: Mapping[str, Any]) -> str:
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{key}: unknown key"
+        known = _keys(error["loc"][:-1])
+        near = difflib.get_close_matches(parts[-1], known, n=1) or known
+        return f"{key}: unknown key, expected {' or '.join(near)}"
     return f"{key}: found {error['input']!r}: {error['msg']}"
+
+
+def _keys(table: Sequence[str | int]) -> list[str]:
+    """The keys of a table of the configuration; () is the recipe itself."""
+    kind: Any = Config
+    if table:
+        kind = Config.__dataclass_fields__[str(table[0])].default_factory
+    if len(table) > 1:  # a task and its source
+        kind = next(each for each in get_args(TaskConfig) if each.source == table[1])
+    return [field.name for field in dataclasses.fields(kind)]

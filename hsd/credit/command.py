@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
+from hsd.checks import require
 from hsd.config import Config
 from hsd.credit.contexts import ContextName, CreditContexts, OtherSuccesses
 from hsd.credit.export import write_export
@@ -76,8 +77,13 @@ def _check(arguments: CreditArguments) -> None:
     names = arguments.contexts
     if not names or len(set(names)) < len(names):
         raise ValueError(f"contexts: found {' '.join(names) or 'none'}, expected different names")
-    if arguments.groups is not None and arguments.groups < 1:
-        raise ValueError(f"groups: found {arguments.groups}, expected at least 1")
+    if not arguments.source.exists():
+        raise FileNotFoundError(
+            f"{arguments.source}: no such run folder, file of rollouts or recipe"
+        )
+    groups, step = arguments.groups, arguments.step
+    require("groups", groups, groups is None or groups >= 1, "at least 1")
+    require("step", step, step is None or step >= 0, "at least 0")
     if arguments.format == "parquet":
         require_parquet()
     out = arguments.out

@@ -55,8 +55,6 @@ def write_report(folders: tuple[Path, ...], out: Path) -> list[Path]:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError("runs: found a folder twice, expected different ones")
     groups = group_runs([read_run(folder) for folder in folders])
-    out.mkdir(parents=True, exist_ok=True)
-    write_curves(out / "curves", groups)
     runs = [run for group in groups for run in group.runs]
     counted = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     recipes = "1 recipe" if len(groups) == 1 else f"{len(groups)} recipes"
@@ -75,6 +73,8 @@ def write_report(folders: tuple[Path, ...], out: Path) -> list[Path]:
             "the band is from the lowest to the highest seed",
         ),
     ]
+    out.mkdir(parents=True, exist_ok=True)
+    write_curves(out / "curves", groups)
     html, markdown = out / "report.html", out / "report.md"
     html.write_text(to_html(parts), encoding="utf-8")
     markdown.write_text(to_markdown(parts, folder=out), encoding="utf-8")

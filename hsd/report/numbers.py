@@ -32,12 +32,10 @@ def per_question(evaluation: Record, k: int) -> Tensor:
     """(Q,) unbiased pass@k of each question; k = 1 is the question's avg@n.
 
     Raises:
-        ValueError: the evaluation holds no counts per question, or fewer than k samples.
+        ValueError: the evaluation has fewer than k samples.
     """
-    counts, samples = evaluation.get("correct_per_question"), evaluation.get("samples")
-    if not isinstance(counts, list) or not isinstance(samples, int) or not counts:
-        raise ValueError("evaluation: found no correct_per_question, expected hsd train's record")
-    correct = torch.arange(samples) < torch.tensor(counts)[:, None]  # (Q, n)
+    counts = torch.tensor(evaluation["correct_per_question"])
+    correct = torch.arange(evaluation["samples"]) < counts[:, None]  # (Q, n)
     return pass_at_k(correct, k)
 
 

@@ -12,6 +12,8 @@ from hsd.distributed.checkpoint import read_json
 from hsd.recipe import config_from_dict, fail, parse_arguments
 from hsd.run.folder import STATES
 
+_OPTIONS = "[--dry-run] [--replay FILE] [--profile], or --resume RUN"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
@@ -38,13 +40,14 @@ def parse_launch(argv: Sequence[str], *, prog: str) -> Launch:
     """
     words = list(argv)
     resume, replay = _take(words, "--resume"), _take(words, "--replay")
-    profile = "--profile" in words
-    words = [word for word in words if word != "--profile"]
+    dry_run, profile = "--dry-run" in words, "--profile" in words
+    words = [word for word in words if word not in ("--dry-run", "--profile")]
+    if replay is not None and not replay.is_file():
+        fail(f"--replay: found no file {replay}, expected a rollouts.jsonl")
     if resume is None:
-        config, dry_run = parse_arguments(words, prog=prog)
+        config = parse_arguments(words, prog=prog, options=_OPTIONS)
     else:
-        dry_run = words == ["--dry-run"]
-        if words and not dry_run:
+        if words:
             fail(f"--resume: found {words[0]!r} beside it, expected no change of a run under way")
         try:
             config = _recorded(resume)

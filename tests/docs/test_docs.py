@@ -5,13 +5,27 @@ from __future__ import annotations
 import importlib.util
 import io
 import re
-from collections.abc import Iterator
+import shlex
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+
+from hsd.credit.command import CreditArguments
+from hsd.distributed.budget.command import BudgetArguments
+from hsd.evaluate import EvalArguments
+from hsd.recipe import config_from_dict, parse_arguments, parse_flags
+from hsd.report.command import ReportArguments
+from hsd.run.launch import parse_launch
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -81,6 +95,49 @@ def test_links_and_named_files_exist(page):
         r"\b(?:examples|benchmarks|tests|recipes|hsd|hsd_kernels)/[\w./]+", text
     ):
         assert (ROOT / named.rstrip(".")).exists(), named
+
+
+PARSERS: dict[str, Callable[[list[str]], object]] = {
+    "train": lambda words: parse_launch(words, prog="hsd train"),
+    "overlap": lambda words: parse_arguments(words, prog="hsd overlap"),
+    "eval": lambda words: parse_flags(EvalArguments, words, prog="hsd eval"),
+    "credit": lambda words: parse_flags(CreditArguments, words, prog="hsd credit"),
+    "report": lambda words: parse_flags(ReportArguments, words, prog="hsd report"),
+    "budget": lambda words: parse_flags(BudgetArguments, words, prog="hsd budget"),
+}
+# The other one names every run of its plan in a line.
+WRITTEN_BY_HAND = [page for page in PAGES if page.name != "evidence.md"]
+
+
+def command_lines(page: Path) -> Iterator[tuple[str, list[str]]]:
+    """The `hsd` commands of a page's blocks, and flags with their values in its text."""
+    text = page.read_text()
+    for command, rest in re.findall(r"^(?: {4})?hsd (\w+) (.+)$", text, re.MULTILINE):
+        words = [word for word in shlex.split(rest, comments=True) if word != "..."]
+        if not {"--resume", "--replay"} & set(words):  # of files that only a run leaves
+            yield command, words
+    for flags in re.findall(r"`(--\w+\.[^` ]+ [^`]+)`", text):
+        yield "train", ["recipes/own_data.toml", *shlex.split(flags)]
+
+
+def test_command_lines_parse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    lines = [line for page in WRITTEN_BY_HAND for line in command_lines(page)]
+    assert {command for command, _ in lines} == PARSERS.keys()
+    for command, words in lines:
+        PARSERS[command](words)  # exits where it does not parse
+
+
+def test_tables_of_recipes_load() -> None:
+    loaded = 0
+    for page in PAGES:
+        fenced = re.findall(r"^```toml\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+        indented = re.findall(r"(?:^    .*\n|^\n)+", page.read_text(), re.MULTILINE)
+        blocks = [re.sub("^    ", "", block, flags=re.MULTILINE) for block in indented]
+        for block in (*fenced, *(each for each in blocks if each.lstrip().startswith("["))):
+            config_from_dict(tomllib.loads(block), source=names(page))
+            loaded += 1
+    assert loaded >= 8
 
 
 def errors(text: str) -> dict[tuple[str, ...], list[float]]:

@@ -241,6 +241,8 @@ def test_the_command(
         (["--gpu-memory", "80"], "--gpu-memory: found '80', expected such as 80GB"),
         (["--gpu-memory", "0GB"], "--gpu-memory: found '0GB'"),
         (["--world-size", "0"], "--world-size: found 0, expected >= 1"),
+        (["--figure", "no/such/folder.png"], "--figure: found 'no/such/folder.png'"),
+        (["--figure", "figure.txt"], "--figure: found 'figure.txt', expected a .png"),
     ],
 )
 def test_bad_arguments(

@@ -35,8 +35,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_parses_and_names_a_run_folder(path: Path) -> None:
-    config, dry_run = parse_arguments([str(path)], prog="hsd train")
-    assert not dry_run
+    config = parse_arguments([str(path)], prog="hsd train")
     assert config.run_dir is not None and config.run_dir.name.startswith(path.stem)
 
 
@@ -71,9 +70,14 @@ def test_a_base_is_found_beside_its_recipe(
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("nonsense = 1", "nonsense: unknown key"),
-        ("[rollout]\ntemprature = 1.0", "rollout.temprature: unknown key"),
-        ("[task]\nsource = 'arithmetic'\nfiles = 1", "task.files: unknown key"),
+        ("nonsense = 1", "nonsense: unknown key, expected run_dir or seed or steps"),
+        ("stesp = 1", "stesp: unknown key, expected steps\n"),
+        ("[rollout]\ntemprature = 1.0", "rollout.temprature: unknown key, expected temperature\n"),
+        (
+            "[task]\nsource = 'jsonl'\ntrain = 'a'\nheldot = 'b'",
+            "task.heldot: unknown key, expected heldout\n",
+        ),
+        ("[task]\nsource = 'arithmetic'\nfiles = 1", "task.files: unknown key, expected source"),
         ("steps = '3'", "steps: found '3'"),
         ("steps = 3.0", "steps: found 3.0"),
         ("steps = true", "steps: found True"),
@@ -163,7 +167,9 @@ def test_a_recipe_that_is_no_file_is_named(
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ("--nope 3", "--nope"),
+        ("--nope 3", "--nope, 3, expected options that --help shows"),
+        ("--stpes 3", "--stpes, 3, expected --steps\n"),
+        ("--objective.windw=3", "--objective.windw=3, expected --objective.window\n"),
         ("--rollout.nope=3", "--rollout.nope=3"),
         ("surplus", "surplus"),
         ("--steps x", "--steps: invalid literal for int() with base 10: 'x'"),
@@ -186,26 +192,26 @@ def test_a_wrong_flag_is_one_line_that_names_it(
     assert run_hsd("train", write("steps = 5"), *flags.split(), "--dry-run") == 2
     error = one_line(capsys)
     assert named in error
-    assert "---" not in error and "help" not in error
+    assert "---" not in error and "helptext" not in error
 
 
 def test_flags_go_before_the_recipe(write: Callable[..., Path]) -> None:
     recipe = write("seed = 1\n[rollout]\ngroup_size = 4\ntop_p = 0.5\n")
     flags = ["--seed", "7", "--rollout.group-size", "6", "--objective.window", "3"]
-    config, _ = parse_arguments([str(recipe), *flags], prog="hsd train")
+    config = parse_arguments([str(recipe), *flags], prog="hsd train")
     assert (config.seed, config.rollout.group_size, config.rollout.top_p) == (7, 6, 0.5)
     assert config.objective.window == 3
 
 
 def test_a_flag_switches_the_window_off(write: Callable[..., Path]) -> None:
     recipe = write("[objective]\nwindow = 3\n")
-    config, _ = parse_arguments([str(recipe), "--objective.window", "none"], prog="hsd train")
+    config = parse_arguments([str(recipe), "--objective.window", "none"], prog="hsd train")
     assert config.objective.window == "none"
 
 
 def test_flags_reach_into_the_task_that_the_recipe_chose(write: Callable[..., Path]) -> None:
     recipe = write("[task]\nsource = 'jsonl'\ntrain = 'a.jsonl'\n")
-    config, _ = parse_arguments([str(recipe), "--task.heldout", "b.jsonl"], prog="hsd train")
+    config = parse_arguments([str(recipe), "--task.heldout", "b.jsonl"], prog="hsd train")
     assert config.task == JsonlTask(train=Path("a.jsonl"), heldout=Path("b.jsonl"))
 
 
@@ -220,7 +226,7 @@ def test_dry_run_prints_the_configuration_and_runs_nothing(
     flags = ["--seed", "7", "--run-dir", str(run_dir)]
     assert run_hsd("train", recipe, "--dry-run", *flags) == 0
     shown = json.loads(capsys.readouterr().out)
-    expected, _ = parse_arguments([str(recipe), *flags], prog="hsd train")
+    expected = parse_arguments([str(recipe), *flags], prog="hsd train")
     assert config_from_dict(shown, source="shown") == expected
     assert not run_dir.exists()
 
@@ -241,12 +247,12 @@ def test_run_folders_are_numbered_so_that_none_is_used_twice(
     monkeypatch.chdir(tmp_path)
     recipe = str(write("seed = 5"))
     for name in ("recipe-seed5", "recipe-seed5-2", "recipe-seed5-3"):
-        config, _ = parse_arguments([recipe], prog="hsd train")
+        config = parse_arguments([recipe], prog="hsd train")
         assert config.run_dir == Path("runs") / name
         config.run_dir.mkdir(parents=True)
 
 
-@pytest.mark.parametrize("words", [["train"], ["train", "-h"], ["train", "RECIPE", "--help"]])
+@pytest.mark.parametrize("words", [["train", "-h"], ["train", "RECIPE", "--help"]])
 def test_help_shows_the_flags(
     words: list[str],
     write: Callable[..., Path],
@@ -258,3 +264,19 @@ def test_help_shows_the_flags(
     out = capsys.readouterr().out
     assert "--rollout.group-size" in out
     assert ("(default: 123)" in out) == ("RECIPE" in words)
+
+
+@pytest.mark.parametrize("command", ["train", "overlap", "eval", "credit", "report", "budget"])
+def test_a_command_without_its_argument_is_bad_usage(
+    command: str, run_hsd: RunHsd, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_hsd(command) == 2
+    assert one_line(capsys)
+
+
+@pytest.mark.parametrize("option", ["--dry-run", "--profile", "--resume=run"])
+def test_options_of_train_are_none_of_overlap(
+    option: str, write: Callable[..., Path], run_hsd: RunHsd, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_hsd("overlap", write("steps = 5"), option) == 2
+    assert option in one_line(capsys)

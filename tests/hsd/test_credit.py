@@ -404,7 +404,9 @@ def test_a_file_of_rollouts(tmp_path: Path, model_directory: Path, run_hsd: RunH
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["gone.jsonl", "--model", "MODEL"], "gone.jsonl: no such file"),
+        (["gone.jsonl", "--model", "MODEL"], "gone.jsonl: no such run folder, file"),
+        (["gone"], "gone: no such run folder, file"),
+        (["rollouts.jsonl", "--model", "MODEL", "--step", "-1"], "step: found -1"),
         (["rollouts.jsonl"], "model: found none, expected --model"),
         (["rollouts.jsonl", "--model", "MODEL", "--groups", "0"], "groups: found 0"),
         (["rollouts.jsonl", "--model", "MODEL", "--contexts", "answer", "answer"], "contexts: "),

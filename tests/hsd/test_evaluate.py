@@ -382,12 +382,24 @@ def test_completions_of_other_settings_are_not_continued(tmp_path: Path) -> None
         Completions(tmp_path / "c.jsonl", {"n": 4})
 
 
+@pytest.mark.parametrize("line", ["{}", "[]", '{"question": "q", "completions": 3}'])
+def test_a_line_that_holds_no_completions_is_named(line: str, tmp_path: Path) -> None:
+    Completions(tmp_path / "c.jsonl", {"n": 3}).close()
+    with (tmp_path / "c.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match=r"c\.jsonl:2: found no completions"):
+        Completions(tmp_path / "c.jsonl", {"n": 3})
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
         ("--samples 0", "samples: found 0"),
         ("--samples x", "--samples"),
         ("--temperature -1", "temperature: found -1"),
+        ("--temperature nan", "temperature: found nan"),
+        ("--temperature inf", "temperature: found inf"),
+        ("--show-samples -1", "show-samples: found -1"),
         ("--temperature 0", "samples: found 8"),
         ("--limit 0", "limit: found 0"),
         ("--split validation", "split: found no question in validation"),

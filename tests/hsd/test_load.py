@@ -67,6 +67,10 @@ def _without_a_layer(path: Path) -> None:
         pytest.param(_overwritten("config.json", b"{"), id="broken configuration"),
         pytest.param(_overwritten("config.json", b'{"model_type": "t5"}'), id="no causal model"),
         pytest.param(_overwritten("config.json", b'{"model_type": "new"}'), id="unknown model"),
+        pytest.param(
+            _overwritten("config.json", b'{"model_type": "llama", "hidden_size": "a"}'),
+            id="configuration of wrong types",
+        ),
         pytest.param(_overwritten("tokenizer.json", b"{"), id="broken tokenizer"),
     ],
 )

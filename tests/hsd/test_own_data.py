@@ -72,7 +72,7 @@ def test_three_commands_from_a_file_of_questions_to_a_measured_checkpoint(
 
 def test_a_method_on_another_base(checkout: Path) -> None:
     words = ["recipes/grpo.toml", "--base", "recipes/own_data.toml", "--task.train", "x.jsonl"]
-    config, _ = parse_arguments(words, prog="hsd train")
+    config = parse_arguments(words, prog="hsd train")
     own = load_recipe(Path("recipes/own_data.toml"))
     grpo = load_recipe(Path("recipes/grpo.toml"))
     assert config.objective == grpo.objective
@@ -84,7 +84,7 @@ def test_a_method_on_another_base(checkout: Path) -> None:
         own.optimizer,
     )
     assert config.run_dir == Path("runs/grpo-own_data-seed0")
-    again, _ = parse_arguments([words[0], "--base=recipes/own_data.toml"], prog="hsd train")
+    again = parse_arguments([words[0], "--base=recipes/own_data.toml"], prog="hsd train")
     assert again.rollout == own.rollout
 
 

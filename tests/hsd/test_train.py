@@ -95,7 +95,7 @@ def test_a_run_folder_holds_everything_and_no_more(trained_run: Path) -> None:
 
 def test_the_configuration_is_recorded_with_versions_and_seed(trained_run: Path) -> None:
     recorded = json.loads((trained_run / "config.json").read_text())
-    recipe, _ = parse_arguments(
+    recipe = parse_arguments(
         [str(trained_run.parent / "tiny.toml"), "--run-dir", str(trained_run)], prog="hsd train"
     )
     assert config_from_dict(recorded["config"], source="config.json") == recipe

@@ -14,6 +14,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from hsd.checks import require
 from hsd.config import Config
 from hsd.distributed.budget import report
 from hsd.distributed.budget.architecture import load_architecture
@@ -66,12 +67,14 @@ def main(argv: list[str]) -> int:
     arguments = parse_flags(BudgetArguments, argv, prog="hsd budget")
     try:
         gpu_bytes = parse_bytes(arguments.gpu_memory)
+        figure = arguments.figure or Path(f"budget-{arguments.recipe.stem}.png")
+        writable = figure.parent.is_dir() and figure.suffix == ".png"
+        require("--figure", str(figure), writable, "a .png in a folder that is there")
         scenario = scenario_of(load_recipe(arguments.recipe), arguments)
     except (ValueError, OSError) as error:
         fail(str(error))
     # Of torch, on fake tensors that it prints or copies.
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-    figure = arguments.figure or Path(f"budget-{arguments.recipe.stem}.png")
     console = Console()
     simulation = simulate(scenario)
     _show(console, scenario, simulation, gpu_bytes, figure)
@@ -109,11 +112,9 @@ def scenario_of(config: Config, arguments: BudgetArguments) -> Scenario:
         "engine-gpus": arguments.engine_gpus,
     }
     for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"--{name}: found {value}, expected >= 1")
-    if config.adapter.rank:
-        found = f"adapter.rank: found {config.adapter.rank}, expected 0"
-        raise ValueError(f"{found}: a budget is of a run that trains all weights")
+        require(f"--{name}", value, value >= 1, ">= 1")
+    rank, expected = config.adapter.rank, "0: a budget is of a run that trains all weights"
+    require("adapter.rank", rank, rank == 0, expected)
     context, peers = config.context, config.peers
     peer_tokens = peers.count * context.peer_token_budget if context.show_peer else 0
     return Scenario(
