@@ -55,7 +55,8 @@ def evaluate(
     done = Completions() if completions is None else completions
     missing = [question for question in own if question.id not in done]
     size = questions_per_round or max(1, len(missing))
-    for start in range(0, len(missing), size):
+    # One round at least: an engine that ranks share is asked by all of them.
+    for start in range(0, max(1, len(missing)), size):
         chosen = missing[start : start + size]
         groups = engine.generate(
             [prompts.student(question) for question in chosen],

@@ -20,8 +20,8 @@ from vllm_cases import SAMPLING, Start, behave, require_current, sample
 
 from hsd.rollout.config import EngineConfig
 from hsd.rollout.protocol import EngineError, Sampling
+from hsd.rollout.server_launch import server_command
 from hsd.rollout.server_process import ServerProcess
-from hsd.rollout.vllm_server import server_command
 
 MakeModel = Callable[..., Any]
 
@@ -134,6 +134,7 @@ def test_a_server_sees_its_device_and_nothing_of_torchrun(
 PARENT = """
 import sys, time
 from pathlib import Path
+from hsd.rollout.server_launch import server_command
 from hsd.rollout.server_process import ServerProcess
 child = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(600)"
 deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
