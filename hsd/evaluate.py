@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,7 +23,15 @@ from hsd.data.verify import Judge, Outcome
 from hsd.data.verify.pool import VerifierPool
 from hsd.distributed.process import World
 from hsd.metrics import finite, sample_table
-from hsd.recipe import fail, load_recipe, parse_flags, recorded_config, to_dict
+from hsd.recipe import (
+    fail,
+    load_recipe,
+    parse_flags,
+    recorded_config,
+    take_engine_flags,
+    to_dict,
+    with_engine_flags,
+)
 from hsd.rollout.protocol import Rollout, RolloutEngine, Sampling, response_text, stream_seed
 from hsd.scores import Evaluation, final_answer, majority_correct, repetition
 
@@ -152,6 +161,8 @@ def accuracy_table(rows: Sequence[tuple[str, Evaluation]], *, title: str) -> Tab
 class EvalArguments:
     """Evaluate the checkpoint of a run on its task, or any model on the task of a recipe.
 
+    Samples with the engine of the run or recipe; --engine.NAME VALUE changes it, as in hsd train.
+
     Args:
         run: a run folder, as hsd train leaves it, or a recipe.
         split: of the run's task.
@@ -182,40 +193,27 @@ class EvalArguments:
 
 def main(argv: list[str]) -> int:
     """`hsd eval RUN ...`; returns the exit code."""
-    arguments = parse_flags(EvalArguments, argv, prog="hsd eval")
+    flags, words = take_engine_flags(argv)
+    arguments = parse_flags(EvalArguments, words, prog="hsd eval")
     try:
-        _evaluate_run(arguments)
+        _evaluate_run(arguments, flags)
     except (ValueError, OSError) as error:
         fail(str(error))
     return 0
 
 
-def _evaluate_run(arguments: EvalArguments) -> None:
+def _evaluate_run(arguments: EvalArguments, engine_flags: Sequence[str]) -> None:
     from hsd.policy.load import load_policy, model_identity
-    from hsd.policy.precision import compute_dtype
-    from hsd.rollout.hf import HfEngine
+    from hsd.rollout.engines import make_lone_engine
 
-    for name, value, lowest in (
-        ("samples", arguments.samples, 1),
-        ("temperature", arguments.temperature, 0),
-        ("limit", arguments.limit, 1),
-    ):
-        if value is not None and value < lowest:
-            raise ValueError(f"{name}: found {value}, expected at least {lowest}")
-    if arguments.temperature == 0 and arguments.samples != 1:
-        raise ValueError(f"samples: found {arguments.samples}, expected 1 with temperature 0")
+    _check(arguments)
     config, name, folder = _what_to_evaluate(arguments)
+    config = with_engine_flags(config, engine_flags, prog="hsd eval")
     model, tokenizer = load_policy(name)
     task = load_task(config.task)
     questions = getattr(task, arguments.split)[: arguments.limit]
     if not questions:
         raise ValueError(f"split: found no question in {arguments.split}, expected some")
-    engine = HfEngine(
-        model,
-        tokenizer,
-        compute_dtype=compute_dtype(config.model.compute_dtype),
-        batch_rows=config.rollout.batch_rows,
-    )
     console = Console()
     settings = _settings(config, arguments) | {"model": model_identity(name)}
     for line in (*task.notes, task.sandbox):
@@ -225,12 +223,15 @@ def _evaluate_run(arguments: EvalArguments) -> None:
     if arguments.greedy and arguments.temperature > 0:
         passes.append((0.0, 1))
     verifier = config.verifier
-    with VerifierPool(task.verify, workers=verifier.workers, timeout=verifier.timeout) as pool:
+    engine = make_lone_engine(config, model, tokenizer)
+    with (
+        closing(engine),
+        VerifierPool(task.verify, workers=verifier.workers, timeout=verifier.timeout) as pool,
+    ):
         for temperature, samples in passes:
             settings |= {"temperature": temperature, "samples": samples}
             path = folder / f"{arguments.split}-{settings_key(settings)}.jsonl"
-            completions = Completions(path, settings)
-            try:
+            with closing(Completions(path, settings)) as completions:
                 result = evaluate(
                     engine,
                     tokenizer,
@@ -249,8 +250,6 @@ def _evaluate_run(arguments: EvalArguments) -> None:
                     completions=completions,
                     questions_per_round=max(1, config.rollout.batch_rows // samples),
                 )
-            finally:
-                completions.close()
             title = f"{arguments.split} questions, temperature {temperature:g}"
             _report(console, name, result, title=title)
             record = {key: finite(value) for key, value in result.record().items()}
@@ -259,6 +258,18 @@ def _evaluate_run(arguments: EvalArguments) -> None:
             console.print(f"completions: {path}", soft_wrap=True)
     if pool.last_error:
         console.print(f"a verifier failed: {pool.last_error}", markup=False)
+
+
+def _check(arguments: EvalArguments) -> None:
+    for name, value, lowest in (
+        ("samples", arguments.samples, 1),
+        ("temperature", arguments.temperature, 0),
+        ("limit", arguments.limit, 1),
+    ):
+        if value is not None and value < lowest:
+            raise ValueError(f"{name}: found {value}, expected at least {lowest}")
+    if arguments.temperature == 0 and arguments.samples != 1:
+        raise ValueError(f"samples: found {arguments.samples}, expected 1 with temperature 0")
 
 
 def _what_to_evaluate(arguments: EvalArguments) -> tuple[Config, str, Path]:
@@ -288,6 +299,7 @@ def _settings(config: Config, arguments: EvalArguments) -> dict[str, Any]:
         "system": config.context.system,
         "student_thinking": config.context.student_thinking,
         "compute_dtype": config.model.compute_dtype,
+        "engine": config.engine.kind,
         "torch": torch.__version__,
     }
 

@@ -20,6 +20,7 @@ import pydantic
 import tyro
 
 from hsd.config import Config
+from hsd.rollout.config import EngineConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -135,6 +136,32 @@ def parse_flags(
         box = re.sub("[│╭╮╰╯]", " ", said.getvalue())
         fail(re.split("[─-]{9,}", f"{box}{'-' * 9}", maxsplit=2)[1])
     return parsed
+
+
+def take_engine_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Divides arguments into `--engine.NAME VALUE ...`, and the others."""
+    flags: list[str] = []
+    others: list[str] = []
+    chosen = others
+    for word in argv:
+        if word.startswith("--"):
+            chosen = flags if word.startswith("--engine.") else others
+        chosen.append(word)
+    return flags, others
+
+
+def with_engine_flags(config: Config, flags: Sequence[str], *, prog: str) -> Config:
+    """A configuration with an engine as the flags of `take_engine_flags` change it.
+
+    Exits with code 2 and one line on stderr where they are wrong.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Flags:
+        engine: EngineConfig
+
+    engine = parse_flags(Flags, flags, prog=prog, default=Flags(config.engine)).engine
+    return dataclasses.replace(config, engine=engine)
 
 
 def _take_base(words: list[str]) -> Path | None:
