@@ -28,6 +28,10 @@ def server_command(
         *("--generation-config", "vllm"),
         "--enable-scale-out",
     ]
+    if not torch.cuda.is_available():
+        # A prompt that is computed in parts moves its request's generator back, which one of the
+        # CPU cannot do: vLLM 0.32 ends.
+        words.append("--no-enable-chunked-prefill")
     if config.tensor_parallel > 1:
         words += ["--tensor-parallel-size", str(config.tensor_parallel)]
     if config.sleep:

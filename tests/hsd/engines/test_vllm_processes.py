@@ -87,6 +87,15 @@ def test_the_development_endpoints_of_a_server_of_ours_are_open_to_this_machine_
     assert (options["--dtype"], options["--seed"]) == ("bfloat16", "1")
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_server_on_a_cpu_computes_no_prompt_in_parts(
+    gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    words = server_command(EngineConfig(kind="vllm"), torch.float32, SAMPLING, Path("w"), 1)
+    assert ("--no-enable-chunked-prefill" in words) == (not gpu)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
