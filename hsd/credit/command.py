@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,8 +24,15 @@ from hsd.data.tasks import load_task
 from hsd.policy.head import output_head
 from hsd.policy.load import load_policy
 from hsd.policy.precision import compute_dtype
-from hsd.recipe import fail, load_recipe, parse_flags, recorded_config
-from hsd.rollout.hf import HfEngine
+from hsd.recipe import (
+    fail,
+    load_recipe,
+    parse_flags,
+    recorded_config,
+    take_engine_flags,
+    with_engine_flags,
+)
+from hsd.rollout.engines import make_lone_engine
 from hsd.rollout.protocol import Sampling
 
 Groups = Callable[[], Iterator[CreditGroup]]
@@ -33,6 +41,8 @@ Groups = Callable[[], Iterator[CreditGroup]]
 @dataclass(frozen=True, kw_only=True)
 class CreditArguments:
     """Show which tokens of rollouts a teacher context gives credit to.
+
+    A recipe samples with its engine; --engine.NAME VALUE changes it, as in hsd train.
 
     Args:
         source: a run folder, a rollouts.jsonl, or a recipe whose model samples rollouts of its
@@ -63,11 +73,14 @@ class CreditArguments:
 
 def main(argv: list[str]) -> int:
     """`hsd credit SOURCE ...`; returns the exit code."""
-    arguments = parse_flags(CreditArguments, argv, prog="hsd credit")
+    flags, words = take_engine_flags(argv)
+    arguments = parse_flags(CreditArguments, words, prog="hsd credit")
     console = Console()
     try:
         _check(arguments)
-        export(arguments, console)
+        if flags and not _samples(arguments):
+            raise ValueError(f"{flags[0]}: found beside recorded rollouts, expected a recipe")
+        export(arguments, console, flags)
     except (ValueError, OSError) as error:
         fail(str(error))
     return 0
@@ -91,9 +104,14 @@ def _check(arguments: CreditArguments) -> None:
         raise FileExistsError(f"out: found {out} in use, expected a new or empty folder")
 
 
-def export(arguments: CreditArguments, console: Console) -> None:
+def _samples(arguments: CreditArguments) -> bool:
+    return arguments.source.suffix == ".toml" and not arguments.source.is_dir()
+
+
+def export(arguments: CreditArguments, console: Console, engine_flags: Sequence[str] = ()) -> None:
     """Everything into `arguments.out`."""
     config, model_name = _config(arguments)
+    config = with_engine_flags(config, engine_flags, prog="hsd credit")
     model, tokenizer = load_policy(model_name)
     head = output_head(model)
     credit_model = CreditModel(
@@ -106,24 +124,25 @@ def export(arguments: CreditArguments, console: Console) -> None:
         max_chunk_bytes=config.objective.max_chunk_bytes,
     )
     contexts = CreditContexts(tokenizer, config.context, arguments.contexts)
-    groups = _groups(arguments, config, credit_model, contexts)
-    others = OtherSuccesses(groups() if "other_prompt" in arguments.contexts else ())
-    exported = write_export(
-        arguments.out,
-        measure(groups(), others, credit_model, contexts, config),
-        about={
-            "title": arguments.source.name or "credit",
-            "source": str(arguments.source),
-            "model": model_name,
-            "temperature": credit_model.temperature,
-            "compute_dtype": arguments.compute_dtype,
-            "contexts": list(arguments.contexts),
-        },
-        tokenizer=tokenizer,
-        console=console,
-        file_format=arguments.format,
-        sidecars=arguments.sidecars,
-    )
+    with ExitStack() as stack:
+        groups = _groups(arguments, config, credit_model, contexts, stack)
+        others = OtherSuccesses(groups() if "other_prompt" in arguments.contexts else ())
+        exported = write_export(
+            arguments.out,
+            measure(groups(), others, credit_model, contexts, config),
+            about={
+                "title": arguments.source.name or "credit",
+                "source": str(arguments.source),
+                "model": model_name,
+                "temperature": credit_model.temperature,
+                "compute_dtype": arguments.compute_dtype,
+                "contexts": list(arguments.contexts),
+            },
+            tokenizer=tokenizer,
+            console=console,
+            file_format=arguments.format,
+            sidecars=arguments.sidecars,
+        )
     numbers = exported.numbers
     console.print(
         f"{numbers['rollouts']} rollouts, {numbers['failed_with_peer']} of them failed with a peer"
@@ -158,13 +177,14 @@ def _groups(
     config: Config,
     credit_model: CreditModel,
     contexts: CreditContexts,
+    stack: ExitStack,
 ) -> Groups:
-    """A function that starts over at the first group."""
+    """A function that starts over at the first group; `stack` ends what it needs."""
     source = arguments.source
-    if source.suffix == ".toml" and not source.is_dir():
+    if _samples(arguments):
         if arguments.step is not None:
             raise ValueError("step: found a value, expected recorded rollouts beside it")
-        return _sampler(arguments, config, credit_model, contexts)
+        return _sampler(arguments, config, credit_model, contexts, stack)
     answers: dict[str, str] = {}
     if source.is_dir():
         answers = {question.id: question.answer for question in load_task(config.task).train}
@@ -191,6 +211,7 @@ def _sampler(
     config: Config,
     credit_model: CreditModel,
     contexts: CreditContexts,
+    stack: ExitStack,
 ) -> Groups:
     """Groups sampled now for questions of the recipe's evaluation split."""
     task = load_task(config.task)
@@ -200,12 +221,12 @@ def _sampler(
             f"evaluation.split: found no question in {config.evaluation.split}, expected some"
         )
     rollout = config.rollout
-    engine = HfEngine(
-        credit_model.model,
-        credit_model.tokenizer,
-        compute_dtype=credit_model.compute_dtype,
-        batch_rows=rollout.batch_rows,
+    # In the dtype that the credit is measured in, whatever the recipe trains in.
+    precision = replace(config.model, compute_dtype=arguments.compute_dtype)
+    engine = make_lone_engine(
+        replace(config, model=precision), credit_model.model, credit_model.tokenizer
     )
+    stack.callback(engine.close)
     sampling = Sampling(
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
@@ -219,5 +240,6 @@ def _sampler(
         prompt=contexts.student,
         sampling=sampling,
         group_size=rollout.group_size,
+        at_once=max(1, rollout.batch_rows // rollout.group_size),
         seed=config.seed,
     )

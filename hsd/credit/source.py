@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -207,7 +207,7 @@ def _peer(line: _Line, index: int, rewards: Sequence[bool], drawn: int | None) -
 
 
 def sample_groups(
-    questions: Iterable[Question],
+    questions: Sequence[Question],
     verify: Verifier,
     engine: RolloutEngine,
     tokenizer: PreTrainedTokenizerBase,
@@ -215,29 +215,33 @@ def sample_groups(
     prompt: Callable[[Question], Sequence[int]],
     sampling: Sampling,
     group_size: int,
+    at_once: int,
     seed: int,
 ) -> Iterator[CreditGroup]:
     """A fresh group for each question, sampled when it is asked for.
 
     Args:
         prompt: from a question to the token ids of the student's prompt.
+        at_once: groups that the engine is asked for together.
     """
-    for question in questions:
-        (group,) = engine.generate(
-            [prompt(question)],
-            seeds=[stream_seed("credit", seed, question.id)],
+    for start in range(0, len(questions), at_once):
+        chosen = questions[start : start + at_once]
+        groups = engine.generate(
+            [prompt(question) for question in chosen],
+            seeds=[stream_seed("credit", seed, question.id) for question in chosen],
             group_size=group_size,
             sampling=sampling,
         )
-        texts = [response_text(tokenizer, rollout) for rollout in group]
-        rewards = [verify(question, text) for text in texts]
-        yield CreditGroup(
-            question=question,
-            step=0,
-            token_ids=[rollout.token_ids for rollout in group],
-            loss_masks=[rollout.loss_mask for rollout in group],
-            finish_reasons=[rollout.finish_reason for rollout in group],
-            texts=texts,
-            rewards=rewards,
-            peers=uniform_peers(rewards, seed=seed, step=-1, question_id=question.id),
-        )
+        for question, group in zip(chosen, groups, strict=True):
+            texts = [response_text(tokenizer, rollout) for rollout in group]
+            rewards = [verify(question, text) for text in texts]
+            yield CreditGroup(
+                question=question,
+                step=0,
+                token_ids=[rollout.token_ids for rollout in group],
+                loss_masks=[rollout.loss_mask for rollout in group],
+                finish_reasons=[rollout.finish_reason for rollout in group],
+                texts=texts,
+                rewards=rewards,
+                peers=uniform_peers(rewards, seed=seed, step=-1, question_id=question.id),
+            )

@@ -19,6 +19,8 @@ OWN_ARGUMENTS = (
     "--enable-scale-out",
     "--enable-sleep-mode",
     "--weight-transfer-config",
+    "--tensor-parallel-size",
+    "-tp",
 )
 """Arguments of `vllm serve` that the trainer sets itself."""
 
@@ -32,11 +34,14 @@ class EngineConfig:
             machine; "vllm_colocated", vLLM in this process, on the trainer's own GPU.
         tolerance: nats; how far the engine's log-probs may be from the trainer's at the start,
             in the mean over the tokens of a fixed prompt's rollouts.
-        urls: servers that run already, shared among the ranks; none: each rank starts `replicas`.
+        urls: servers that run already, dealt out to the ranks; none: the trainer starts `replicas`.
         python: the Python that starts a server, of the environment with vLLM; None for this one.
-        replicas: servers that each rank starts.
+        replicas: servers that each rank starts; where they are shared, each machine.
+        tensor_parallel: GPUs that each of these servers divides the weights among.
+        shared: the first rank of a machine has its servers, and asks them for all of its ranks;
+            else each rank has servers of its own.
         devices: CUDA_VISIBLE_DEVICES of each server of the machine, such as "4" or "4,5"; none:
-            as in the trainer.
+            the trainer's own GPUs in order, `tensor_parallel` for each server.
         arguments: of `vllm serve`, more than the trainer sets itself; of the class LLM,
             "key=value" with a JSON value, where the engine is colocated.
         environment: variables of a server, over the trainer's own.
@@ -53,6 +58,8 @@ class EngineConfig:
     urls: tuple[str, ...] = ()
     python: Path | None = None
     replicas: int = 1
+    tensor_parallel: int = 1
+    shared: bool = False
     devices: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
@@ -63,7 +70,8 @@ class EngineConfig:
     request_timeout: float = 1800.0
 
     def __post_init__(self) -> None:
-        require("engine.replicas", self.replicas, self.replicas >= 1, ">= 1")
+        for name in ("replicas", "tensor_parallel"):
+            require(f"engine.{name}", getattr(self, name), getattr(self, name) >= 1, ">= 1")
         for name in ("tolerance", "start_timeout", "request_timeout"):
             require(f"engine.{name}", getattr(self, name), getattr(self, name) > 0, "> 0")
         for url in self.urls:
@@ -82,13 +90,13 @@ class EngineConfig:
             (
                 own,
                 "engine.kind = 'vllm' without engine.urls",
-                ("python", "replicas", "devices", "environment"),
+                ("python", "replicas", "tensor_parallel", "devices", "environment"),
             ),
             (own or colocated, "a vLLM that the trainer starts", ("arguments",)),
             (
                 server,
                 "engine.kind = 'vllm'",
-                ("urls", "sleep", "weight_sync", "start_timeout", "request_timeout"),
+                ("urls", "shared", "sleep", "weight_sync", "start_timeout", "request_timeout"),
             ),
             (server or colocated, "a vLLM engine", ("sync_directory",)),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -64,6 +65,26 @@ def make_engine(
         sampling=sampling,
         seed=config.seed,
         world=world,
+    )
+
+
+def make_lone_engine(
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> RolloutEngine:
+    """The engine that `config.engine` names, for one process that samples from one set of weights
+    and reads no log-probs.
+
+    Raises:
+        EngineError: see `make_engine`.
+    """
+    # Nothing is updated in turns with it, and no other rank asks; servers may be in either mode.
+    alone = dataclasses.replace(config.engine, sleep=False, shared=False)
+    return make_engine(
+        dataclasses.replace(config, engine=alone),
+        model,
+        tokenizer,
+        sampling=Sampling(max_new_tokens=config.rollout.max_new_tokens),
+        world=World(rank=0, size=1),
     )
 
 

@@ -60,7 +60,10 @@ class RolloutEngine(Protocol):
         group_size: int,
         sampling: Sampling,
     ) -> list[list[Rollout]]:
-        """A group of rollouts per prompt; each prompt's are drawn from its own seed."""
+        """A group of rollouts per prompt; each prompt's are drawn from its own seed.
+
+        Every rank calls it equally often, one without prompts too: ranks may share an engine.
+        """
         ...
 
     def update_weights(self, model: PreTrainedModel, *, version: int) -> None:

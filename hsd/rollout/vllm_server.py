@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -18,6 +16,13 @@ from hsd.distributed.process import World
 from hsd.rollout.config import EngineConfig
 from hsd.rollout.protocol import EngineError, Rollout, Sampling, stop_token_ids
 from hsd.rollout.replica import Replica
+from hsd.rollout.server_launch import (
+    logprobs_mode,
+    server_command,
+    server_environment,
+    server_places,
+)
+from hsd.rollout.sharing import Sharing
 from hsd.rollout.vllm_client import ServerLost, VllmClient
 from hsd.rollout.weight_sync import NcclTransfer, WeightFiles
 
@@ -36,7 +41,8 @@ class VllmServerEngine:
         compute_dtype: of the servers' weights and activations.
         sampling: of the run; how the servers must report log-probs follows from it.
         concurrent: groups of rollouts in flight at one time.
-        world: each rank of the trainer has servers of its own.
+        world: each rank of the trainer has servers of its own, or with `config.shared` each
+            machine; every rank then makes the same calls.
 
     Raises:
         EngineError: a server does not start, does not answer as it should, or reports log-probs
@@ -54,19 +60,13 @@ class VllmServerEngine:
         concurrent: int,
         world: World,
     ) -> None:
-        rank, ranks = world.local_rank, world.local_size
-        urls = config.urls[rank::ranks]
-        if config.urls and not urls:
-            raise EngineError(
-                f"engine.urls: found {len(config.urls)} for {ranks} ranks, expected one each"
-            )
-        count = config.replicas
-        environments = [server_environment(config, rank * count + i) for i in range(count)]
         self._config = config
+        self._sharing = Sharing(world, shared=config.shared)
         self._stop_ids = stop_token_ids(model, tokenizer)
-        self._concurrent = concurrent
+        self._concurrent = concurrent * (world.local_size if config.shared else 1)
         self._version = 0
         self._run = uuid.uuid4().hex[:8]  # labels of another run's weights are no labels of ours
+        places = server_places(config, world)
         self._files = WeightFiles(
             tokenizer, dtype=compute_dtype, parent=config.sync_directory, world=world
         )
@@ -74,23 +74,23 @@ class VllmServerEngine:
         self._retries = 0
         self._replicas = [
             Replica(
-                partial(VllmClient, request_timeout=config.request_timeout, concurrent=concurrent),
-                url=url,
+                partial(
+                    VllmClient,
+                    request_timeout=config.request_timeout,
+                    concurrent=self._concurrent,
+                ),
+                url=config.urls[place] if config.urls else None,
                 command=partial(server_command, config, compute_dtype, sampling),
-                environment={} if url else environments[index],
-                log=self._files.folder / f"server-{rank * count + index}.log",
+                environment=server_environment(config, place),
+                log=self._files.folder / f"server-{place}.log",
                 start_timeout=config.start_timeout,
                 transfer=_nccl(config, model, compute_dtype),
             )
-            for index, url in enumerate(urls or [None] * count)
+            for place in (places if self._sharing.acts else ())
         ]
         try:
             self._synchronise(model)
-            for replica in self._replicas:
-                require_logprobs(replica.client, sampling)
-        except ServerLost as error:
-            self.close()
-            raise EngineError(f"engine: a server was lost at its start: {error}") from error
+            self._sharing.do(partial(self._require_logprobs, sampling))
         except BaseException:
             self.close()
             raise
@@ -106,8 +106,11 @@ class VllmServerEngine:
     def sleep(self) -> None:
         """Discards the servers' weights and caches until the next update, if engine.sleep."""
         if self._config.sleep:
-            for replica in self._replicas:
-                replica.sleep()
+            self._sharing.do(self._sleep)  # no rank goes on before its GPU's memory is free
+
+    def _sleep(self) -> None:
+        for replica in self._replicas:
+            replica.sleep()
 
     def health(self) -> dict[str, float]:
         """Requests that were repeated since the start, each after its server was lost."""
@@ -126,11 +129,21 @@ class VllmServerEngine:
         group_size: int,
         sampling: Sampling,
     ) -> list[list[Rollout]]:
-        if not prompts:
+        sample = partial(self._groups, group_size=group_size, sampling=sampling)
+        return self._sharing.map(list(zip(prompts, seeds, strict=True)), sample)
+
+    def _groups(
+        self,
+        requests: Sequence[tuple[Sequence[int], int]],
+        *,
+        group_size: int,
+        sampling: Sampling,
+    ) -> list[list[Rollout]]:
+        if not requests:
             return []
         sample = partial(self._group, group_size=group_size, sampling=sampling)
-        with ThreadPoolExecutor(max_workers=min(len(prompts), self._concurrent)) as pool:
-            futures = [pool.submit(sample, *each) for each in zip(prompts, seeds, strict=True)]
+        with ThreadPoolExecutor(max_workers=min(len(requests), self._concurrent)) as pool:
+            futures = [pool.submit(sample, *each) for each in requests]
             try:
                 return [future.result() for future in futures]
             except BaseException:
@@ -174,10 +187,20 @@ class VllmServerEngine:
     def _synchronise(self, model: PreTrainedModel) -> None:
         if self._config.weight_sync == "files" or self._files.current is None:
             self._files.write(model, self._version)
+        self._sharing.do(self._synchronise_replicas)
+
+    def _synchronise_replicas(self) -> None:
         files, label = self._current_files, self._label
         with ThreadPoolExecutor(max_workers=len(self._replicas)) as pool:
             for done in [pool.submit(each.synchronise, files, label) for each in self._replicas]:
                 done.result()
+
+    def _require_logprobs(self, sampling: Sampling) -> None:
+        try:
+            for replica in self._replicas:
+                require_logprobs(replica.client, sampling)
+        except ServerLost as error:
+            raise EngineError(f"engine: a server was lost at its start: {error}") from error
 
     @property
     def _label(self) -> str:
@@ -188,39 +211,6 @@ class VllmServerEngine:
         if self._files.current is None:
             raise EngineError("engine: no weights were written")
         return self._files.current
-
-
-def server_command(
-    config: EngineConfig, dtype: torch.dtype, sampling: Sampling, files: Path, port: int
-) -> list[str]:
-    """The words that start a server."""
-    words = [
-        str(config.python or sys.executable),
-        *("-m", "vllm.entrypoints.cli.main", "serve", str(files)),
-        # The development endpoints run methods of whoever asks.
-        *("--host", "127.0.0.1", "--port", str(port)),
-        *("--dtype", str(dtype).removeprefix("torch.")),
-        *("--logprobs-mode", _logprobs_mode(sampling)),
-        *("--generation-config", "vllm"),
-        "--enable-scale-out",
-    ]
-    if config.sleep:
-        words.append("--enable-sleep-mode")
-    if config.weight_sync == "nccl":
-        words += ["--weight-transfer-config", json.dumps({"backend": "nccl"})]
-    return [*words, *config.arguments]
-
-
-def server_environment(config: EngineConfig, place: int) -> dict[str, str]:
-    """Variables of the server in a place among those of the machine."""
-    own = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", **config.environment}
-    if config.devices:
-        if place >= len(config.devices):
-            raise EngineError(
-                f"engine.devices: found {len(config.devices)}, expected one for each server"
-            )
-        own["CUDA_VISIBLE_DEVICES"] = config.devices[place]
-    return own
 
 
 def require_logprobs(client: VllmClient, sampling: Sampling) -> None:
@@ -242,17 +232,13 @@ def require_logprobs(client: VllmClient, sampling: Sampling) -> None:
     if spread < 1e-3:
         raise EngineError(f"engine: {client.url} reports no different log-probs on a fixed prompt")
     processed = at_two[shared[-1]] - at_two[shared[0]] < 0.75 * spread
-    needed = _logprobs_mode(sampling)
+    needed = logprobs_mode(sampling)
     found = "processed_logprobs" if processed else "raw_logprobs"
     if found != needed:
         raise EngineError(
             f"engine: {client.url} reports {found}, expected a server with --logprobs-mode "
             f"{needed} at temperature {sampling.temperature:g} and top_p {sampling.top_p:g}"
         )
-
-
-def _logprobs_mode(sampling: Sampling) -> str:
-    return "raw_logprobs" if sampling.temperature == 1 else "processed_logprobs"
 
 
 def _nccl(

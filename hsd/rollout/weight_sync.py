@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
 from hsd.distributed.process import World
 from hsd.policy.adapters import merged
@@ -20,6 +22,8 @@ from hsd.rollout.server_process import free_port
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_FILE_BYTES = 2**32
 
 
 class WeightFiles:
@@ -59,28 +63,41 @@ class WeightFiles:
     def write(self, model: PreTrainedModel, version: int) -> Path:
         """Writes the weights after `version` updates, and removes those before them.
 
-        All ranks call it together, and find the files when it returns.
+        All ranks call it together, and find the files when it returns. A sharded model is gathered
+        weight by weight; the rank that writes holds one file's worth of it in host memory.
         """
         path = self.folder / f"version-{version}"
-        state = full_state(model, self._dtype, keep=self._writes)
-
-        causal: Any = model
-        # Else transformers writes on the first rank alone, and each rank has servers of its own.
-        causal.should_save_on_this_rank = lambda is_main_process: is_main_process
+        untied = self._untie and model.config.tie_word_embeddings
+        tensors = whole_tensors(model, self._dtype, keep_head=untied)
 
         def write(directory: Path) -> None:
-            model.save_pretrained(directory, state_dict=dict(state))  # it removes tied ones
-            self._tokenizer.save_pretrained(directory)
-            if self._untie and model.config.tie_word_embeddings:
-                _untie(model, state, directory)
+            self._save_without_weights(model, directory)
+            if untied:
+                _untie(directory)
+            for number, held in enumerate(_files_of_layers(tensors)):
+                name = f"model-{number}.safetensors" if number else "model.safetensors"
+                stored = revert_weight_conversion(model, held)  # names that a checkpoint has
+                save_file(stored, directory / name, metadata={"format": "pt"})
 
         if self._writes:
             write_directory(path, write)
+        else:
+            for _ in tensors:
+                pass
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # an engine on this GPU wakes next
         self._world.barrier()
         if self._writes and self.current is not None and self.current != path:
             shutil.rmtree(self.current, ignore_errors=True)
         self.current = path
         return path
+
+    def _save_without_weights(self, model: PreTrainedModel, directory: Path) -> None:
+        causal: Any = model
+        # Else transformers writes on the first rank alone, and each machine has servers of its own.
+        causal.should_save_on_this_rank = lambda is_main_process: is_main_process
+        model.save_pretrained(directory, state_dict={})
+        self._tokenizer.save_pretrained(directory)
 
     def close(self) -> None:
         if self._writes:
@@ -88,38 +105,61 @@ class WeightFiles:
 
 
 @torch.no_grad()
-def full_state(model: PreTrainedModel, dtype: torch.dtype, *, keep: bool) -> dict[str, Tensor]:
-    """The whole tensors of a model by name, in host memory, floating-point ones in `dtype`.
+def whole_tensors(
+    model: PreTrainedModel, dtype: torch.dtype, *, keep_head: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor in host memory) of a model, one at a time; floating-point ones in `dtype`.
 
-    Adapters are merged into the weights that they adapt.
+    Adapters are merged into the weights that they adapt. Gathering a sharded model is a collective:
+    every rank must go through all.
 
-    Gathering a sharded model is a collective: every rank must call it, also one that keeps nothing.
+    Args:
+        keep_head: a tied output head comes too; else only the first name of a tied weight does.
     """
-    state = {}
+    causal: Any = model
+    head = causal.get_output_embeddings()
+    seen: set[int] = set()
+    tied: set[str] = set()
+    for owner, module in causal.named_modules(remove_duplicate=False):
+        for attribute, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen and not (keep_head and module is head):
+                tied.add(f"{owner}.{attribute}")
+            seen.add(id(parameter))
     for name, value in merged(model, model.state_dict().items()):
-        whole = _whole(value, dtype)
-        if keep:
-            state[name] = whole.cpu()
-    return state
+        if name not in tied:
+            # A copy: the head that is no longer tied shares memory with the embedding.
+            yield name, _whole(value, dtype).cpu().clone()
 
 
 def _whole(value: Tensor, dtype: torch.dtype) -> Tensor:
-    gather = getattr(value, "full_tensor", None)  # of a DTensor
+    value = value.detach()
+    value = value.to(dtype) if value.is_floating_point() else value
+    gather = getattr(value, "full_tensor", None)  # of a DTensor, in what the engine computes with
     whole: Tensor = gather() if gather else value
-    return whole.detach().to(dtype) if whole.is_floating_point() else whole.detach()
+    return whole
 
 
-def _untie(model: PreTrainedModel, state: dict[str, Tensor], directory: Path) -> None:
-    """Makes the output head of a saved model a weight of its own, equal to the embeddings.
+def _files_of_layers(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """What goes into a file, name -> tensor: whole layers, until they are _FILE_BYTES."""
+    held: dict[str, Tensor] = {}
+    layer = ""
+    for name, tensor in tensors:
+        number = re.search(r"\.\d+\.", name)
+        found = number[0] if number else ""
+        if found != layer and sum(each.nbytes for each in held.values()) >= _FILE_BYTES:
+            yield held
+            held = {}
+        layer = found
+        held[name] = tensor.contiguous()
+    yield held
+
+
+def _untie(directory: Path) -> None:
+    """Says of a model that its output head is a weight of its own, equal to the embeddings.
 
     On a CPU, vLLM computes with a packed copy of the head, which a reload renews only where the
     head is loaded: a tied one would stay as it was at the start (seen with vLLM 0.32).
     """
-    causal: Any = model
-    head = causal.get_output_embeddings()
-    modules = causal.named_modules(remove_duplicate=False)
-    name = next(f"{name}.weight" for name, module in modules if module is head)
-    save_file({name: state[name]}, directory / "head.safetensors")
     path = directory / "config.json"
     config = {**json.loads(path.read_text(encoding="utf-8")), "tie_word_embeddings": False}
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -240,7 +240,9 @@ def _run(launch: Launch, world: World, console: Console) -> int:
             print_error(str(error))
         return 2
     except (NotFinite, ReplayError, EngineError) as error:
-        console.print(f"[red]stopped: {error}; the checkpoint has the last good weights")
+        if is_first_to_fail():  # maybe not the main rank, whose console alone is not quiet
+            stopped = f"[red]stopped: {error}; the checkpoint has the last good weights"
+            Console().print(stopped)
         return 1
     except Exception as error:
         if world.size == 1:

@@ -2,7 +2,8 @@
 
 What it samples depends on seed and weights alone: every log-prob is -1 minus a number in [0, 1)
 that is the hash of the weights it loaded. It runs in a thread, or as a process:
-`python fake_vllm.py serve DIRECTORY --port N ...`. POST /behave makes it misbehave.
+`python fake_vllm.py serve DIRECTORY --port N ...`, which notes its words and calls in the file that
+FAKE_VLLM_CALLS names. POST /behave makes it misbehave.
 """
 
 from __future__ import annotations
@@ -119,6 +120,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(200, {})
         with server.lock:
             server.called.append(self.path.lstrip("/"))
+            note(server.called[-1])
             behaviour = server.behaviour if server.behaviour.get("at") == path else {}
             if behaviour.get("once"):
                 server.behaviour = {}
@@ -141,7 +143,14 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+def note(line: str) -> None:
+    if path := os.environ.get("FAKE_VLLM_CALLS"):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+
+
 def main(words: list[str]) -> None:
+    note(" ".join(words))
     options = dict(itertools.pairwise(words))
     if "--refuse" in words:
         sys.exit("fake: refused to start")

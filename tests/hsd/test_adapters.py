@@ -39,7 +39,7 @@ from hsd.policy.optimizer import adamw, clipped_step
 from hsd.policy.packing import TrainingRow
 from hsd.policy.teachers import Policy, after_update
 from hsd.rollout.hf import HfEngine
-from hsd.rollout.weight_sync import WeightFiles, full_state
+from hsd.rollout.weight_sync import WeightFiles, whole_tensors
 from hsd.trainer import whole_policy
 
 MakeModel = Callable[..., Any]
@@ -237,7 +237,7 @@ def test_what_leaves_is_the_merged_model(
     plain = make_model(kind)
     policy = adapted(copy.deepcopy(plain), teacher="ema")
     model = policy.model
-    state = full_state(model, torch.float32, keep=True)
+    state = dict(whole_tensors(model, torch.float32, keep_head=True))
     assert state.keys() == plain.state_dict().keys()
     files = WeightFiles(
         tokenizer, dtype=torch.float32, parent=tmp_path, world=World(rank=0, size=1)

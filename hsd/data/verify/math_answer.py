@@ -21,6 +21,7 @@ logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns on every
 
 _MAX_CHARACTERS = 1000
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_THIN_SPACE = re.compile(r"(?<=\d),?\\[,!](?=\d{3}(?!\d))")  # 1\,000 and 1,\!000 are 1000
 _PLAIN_NUMBER = re.compile(r"\$?-?[0-9][0-9,]*(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3}| ?/ ?[0-9]+)?\.?")
 
 
@@ -65,6 +66,7 @@ def last_boxed(text: str) -> str | None:
 def _equal(gold: str, found: str) -> bool:
     if not found or max(len(gold), len(found)) > _MAX_CHARACTERS:
         return False
+    gold, found = _THIN_SPACE.sub("", gold), _THIN_SPACE.sub("", found)
     if "".join(gold.split()) == "".join(found.split()):
         return True
     if _PLAIN_NUMBER.fullmatch(gold) and _PLAIN_NUMBER.fullmatch(found):

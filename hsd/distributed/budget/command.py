@@ -17,11 +17,13 @@ from rich.table import Table
 from hsd.checks import require
 from hsd.config import Config
 from hsd.distributed.budget import report
+from hsd.distributed.budget import tracker as kinds
 from hsd.distributed.budget.architecture import load_architecture
 from hsd.distributed.budget.estimate import (
     Assumptions,
     Rollouts,
     StepEstimate,
+    assumed,
     estimate_step,
     rollouts,
 )
@@ -44,8 +46,9 @@ class BudgetArguments:
         gpu_memory: of one GPU, such as 80GB or 74GiB.
         response_tokens: of every rollout; default: the recipe's rollout.max_new_tokens.
         prompt_tokens: of a question.
-        engine_gpus: GPUs that share the weights of one engine, by tensor parallelism; engines
-            sample on the trainer's GPUs and sleep during the update.
+        engine_gpus: GPUs that share the weights of one engine, by tensor parallelism; default: the
+            recipe's engine.tensor_parallel. Engines sample on the trainer's GPUs and sleep during
+            the update.
         compare: also with a plain loss over N x V, and with a loop over chunks of it.
         search: find the longest responses that fit; takes several simulations.
         figure: the PNG to write; default: budget-RECIPE.png.
@@ -56,7 +59,7 @@ class BudgetArguments:
     gpu_memory: str = "80GB"
     response_tokens: int | None = None
     prompt_tokens: int = 1024
-    engine_gpus: int = 1
+    engine_gpus: int | None = None
     compare: bool = False
     search: bool = True
     figure: Path | None = None
@@ -82,7 +85,7 @@ def main(argv: list[str]) -> int:
         console.print(_comparison(scenario, simulation, gpu_bytes))
     if arguments.search:
         _show_longest(console, scenario, simulation, gpu_bytes)
-    return 0 if Assumptions().needed(simulation.peak) <= gpu_bytes else 1
+    return 0 if assumed(scenario).needed(simulation.peak) <= gpu_bytes else 1
 
 
 def parse_bytes(text: str) -> int:
@@ -105,14 +108,18 @@ def scenario_of(config: Config, arguments: BudgetArguments) -> Scenario:
     """
     response = arguments.response_tokens
     response = config.rollout.max_new_tokens if response is None else response
+    engine_gpus = arguments.engine_gpus
+    engine_gpus = config.engine.tensor_parallel if engine_gpus is None else engine_gpus
     numbers = {
         "world-size": arguments.world_size,
         "response-tokens": response,
         "prompt-tokens": arguments.prompt_tokens,
-        "engine-gpus": arguments.engine_gpus,
+        "engine-gpus": engine_gpus,
     }
     for name, value in numbers.items():
         require(f"--{name}", value, value >= 1, ">= 1")
+    whole, size = arguments.world_size % engine_gpus == 0, arguments.world_size
+    require("--engine-gpus", engine_gpus, whole, f"a divisor of --world-size, {size}")
     rank, expected = config.adapter.rank, "0: a budget is of a run that trains all weights"
     require("adapter.rank", rank, rank == 0, expected)
     context, peers = config.context, config.peers
@@ -124,14 +131,14 @@ def scenario_of(config: Config, arguments: BudgetArguments) -> Scenario:
         prompt_tokens=arguments.prompt_tokens,
         context_tokens=_CONTEXT_TEXT + peer_tokens,
         response_tokens=response,
-        engine_gpus=arguments.engine_gpus,
+        engine_gpus=engine_gpus,
     )
 
 
 def _show(
     console: Console, scenario: Scenario, simulation: Simulation, gpu_bytes: int, figure: Path
 ) -> None:
-    assumptions = Assumptions()
+    assumptions = assumed(scenario)
     sampling = rollouts(scenario, simulation, gpu_bytes, assumptions)
     rows = _rows(simulation, sampling)
     title = (
@@ -169,6 +176,11 @@ def _rows(simulation: Simulation, sampling: Rollouts) -> report.Rows:
     return {
         "rollouts": {**simulation.resident, **awake},
         **report.largest_of_each(simulation.phases),
+        "new weights": {
+            **simulation.resident,
+            kinds.UNSHARDED: sampling.gathered,
+            report.ENGINE: sampling.weights,
+        },
     }
 
 
@@ -207,7 +219,7 @@ def _show_longest(
         known = tokens == scenario.response_tokens
         tried = dataclasses.replace(scenario, response_tokens=tokens)
         peak = simulation.peak if known else simulate(tried).peak
-        return gpu_bytes - Assumptions().needed(peak)
+        return gpu_bytes - assumed(scenario).needed(peak)
 
     found = longest_response(slack, start=scenario.response_tokens, most=most)
     limit = ", all that the model has positions for" if found + GRANULE > most else ""
@@ -222,7 +234,7 @@ def _comparison(scenario: Scenario, fused: Simulation, gpu_bytes: int) -> Table:
     for name in names:
         other = dataclasses.replace(scenario, loss=name)
         simulation = fused if name == scenario.loss else simulate(other)
-        needed = Assumptions().needed(simulation.peak)
+        needed = assumed(scenario).needed(simulation.peak)
         workspace = max(phase.by_kind()["loss workspace"] for phase in simulation.phases)
         numbers = (workspace, simulation.peak, needed, gpu_bytes - needed)
         table.add_row(name.replace("_", " "), *map(report.gigabytes, numbers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ class Assumptions:
     """What a budget rests on beside the simulation; printed with it. Of an H100 SXM node.
 
     Attributes:
-        context_bytes: CUDA context, NCCL buffers and a sleeping engine, of each GPU.
+        context_bytes: CUDA context, NCCL buffers and a sleeping engine, of each GPU; with what
+            the ranks of an engine over several GPUs keep to exchange.
         fragmentation: of the peak, lost between blocks of the caching allocator.
         flops: FLOP per second and GPU of bf16 products.
         utilisation: share of them that layers and loss reach.
@@ -57,17 +59,27 @@ class Assumptions:
         return math.ceil(peak * (1 + self.fragmentation)) + self.context_bytes
 
 
+def assumed(scenario: Scenario) -> Assumptions:
+    """For a scenario: a rank of a tensor-parallel engine sleeps with its NCCL buffers, 1 GB."""
+    found = Assumptions()
+    more = 10**9 if scenario.engine_gpus > 1 else 0
+    return dataclasses.replace(found, context_bytes=found.context_bytes + more)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rollouts:
     """The engine awake, on the trainer's GPUs; bytes of one GPU.
 
     Attributes:
         weights: bf16, divided among the GPUs of an engine.
+        gathered: the largest weight in bf16, whole on each rank of a sharded trainer while it goes
+            to the engine.
         cache: what is left for keys and values.
         at_a_time: rollouts of full length whose keys and values fit, of one GPU.
     """
 
     weights: int
+    gathered: int
     cache: int
     at_a_time: float
 
@@ -84,7 +96,13 @@ def rollouts(
     cache = max(0, gpu_bytes - resident - weights)
     tokens = scenario.prompt_tokens + scenario.response_tokens
     needed = kv_cache_bytes(scenario.architecture) * tokens
-    return Rollouts(weights=weights, cache=cache, at_a_time=cache / needed)
+    sharded = scenario.config.sharding.mode == "full"
+    return Rollouts(
+        weights=weights,
+        gathered=2 * max(scenario.weight_sizes) if sharded else 0,
+        cache=cache,
+        at_a_time=cache / needed,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,10 +78,15 @@ class Scenario:
         return max(1, self.config.micro_batch_tokens // longest)
 
     @property
+    def weight_sizes(self) -> list[int]:
+        """Elements of each weight of the model."""
+        model = empty_model(self.architecture, dtype=torch.bfloat16)
+        return [parameter.numel() for parameter in model.parameters()]
+
+    @property
     def parameters(self) -> int:
         """Of the model."""
-        model = empty_model(self.architecture, dtype=torch.bfloat16)
-        return sum(parameter.numel() for parameter in model.parameters())
+        return sum(self.weight_sizes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,14 @@ def attempt(attack: str, *, imports: str = "os") -> str:
     )
 
 
+def to_channels(message: str) -> str:
+    """Writes bytes to whatever descriptor takes them."""
+    return (
+        f"import os\nfor n in range(3, 64):\n try: os.write(n, {message})\n"
+        " except OSError: pass\ndef f(x): return 0"
+    )
+
+
 PROGRAMS: list[tuple[str, str, tuple[str, ...]]] = [
     # bombs
     ("fork bomb", "import os\nwhile True: os.fork()", STOPPED),
@@ -86,7 +94,7 @@ PROGRAMS: list[tuple[str, str, tuple[str, ...]]] = [
         FAILED,
     ),
     ("deep value", "def f(x):\n v = []\n for _ in range(10**5): v = [v]\n return v", FAILED),
-    ("large value", "def f(x): return 'x' * 10**8", FAILED),
+    ("large value", "def f(x): return 'x' * 10**8", STOPPED),
     ("large integer", "def f(x): return 1 << 10**7", FAILED),
     # secrets and files
     ("home directory", attempt("os.listdir('/home')"), PASSED),
@@ -174,6 +182,23 @@ PROGRAMS: list[tuple[str, str, tuple[str, ...]]] = [
         FAILED,
     ),
     # forgery
+    ("message of 4 GB", to_channels("b'\\xff\\xff\\xff\\xff'"), FAILED),
+    (
+        "message of deep nesting",
+        to_channels("(5 * 10**6).to_bytes(4, 'big') + b'[' * 5 * 10**6"),
+        STOPPED,
+    ),
+    ("half a message", to_channels("b'\\0\\0\\0\\x40ab'"), STOPPED),
+    (
+        "exception whose text hangs",
+        "class E(Exception):\n def __str__(s):\n  while True: pass\ndef f(x): raise E",
+        ("timeout",),
+    ),
+    (
+        "value that does not end",
+        "class L(list):\n def __iter__(s):\n  while True: yield 1\ndef f(x): return L()",
+        STOPPED,
+    ),
     ("exit code 0", "import os\nos._exit(0)", FAILED),
     ("exit", "import sys\nsys.exit(0)", FAILED),
     ("exit in the call", "import os\ndef f(x): os._exit(0)", FAILED),

@@ -18,10 +18,11 @@ import pytest
 import torch
 from vllm_cases import SAMPLING, Start, behave, require_current, sample
 
+from hsd.distributed.process import World
 from hsd.rollout.config import EngineConfig
 from hsd.rollout.protocol import EngineError, Sampling
+from hsd.rollout.server_launch import server_command, server_environment, server_places
 from hsd.rollout.server_process import ServerProcess
-from hsd.rollout.vllm_server import server_command
 
 MakeModel = Callable[..., Any]
 
@@ -86,6 +87,15 @@ def test_the_development_endpoints_of_a_server_of_ours_are_open_to_this_machine_
     assert (options["--dtype"], options["--seed"]) == ("bfloat16", "1")
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_server_on_a_cpu_computes_no_prompt_in_parts(
+    gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    words = server_command(EngineConfig(kind="vllm"), torch.float32, SAMPLING, Path("w"), 1)
+    assert ("--no-enable-chunked-prefill" in words) == (not gpu)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -103,6 +113,11 @@ def test_the_development_endpoints_of_a_server_of_ours_are_open_to_this_machine_
         ({"kind": "hf", "urls": ("http://localhost:1",)}, "engine.urls"),
         ({"kind": "hf", "sync_directory": Path("x")}, "engine.sync_directory"),
         ({"kind": "vllm_colocated", "weight_sync": "nccl"}, "engine.weight_sync"),
+        ({"arguments": ("--tensor-parallel-size", "2")}, "engine.arguments"),
+        ({"tensor_parallel": 0}, "engine.tensor_parallel: found 0, expected >= 1"),
+        ({"urls": ("http://localhost:1",), "tensor_parallel": 2}, "engine.tensor_parallel"),
+        ({"kind": "vllm_colocated", "shared": True}, "engine.shared"),
+        ({"kind": "hf", "shared": True}, "engine.shared: .*engine.kind = 'vllm' beside it"),
         ({"tolerance": 0.0}, "engine.tolerance"),
         ({"start_timeout": math.inf}, "engine.start_timeout"),
     ],
@@ -115,6 +130,52 @@ def test_what_an_engine_cannot_do_is_refused(options: dict[str, Any], message: s
 def test_a_device_for_each_server(start: Start) -> None:
     with pytest.raises(EngineError, match=r"engine\.devices: found 1, expected one for each"):
         start(replicas=2, devices=("3",))
+
+
+@pytest.mark.parametrize(
+    ("options", "devices"),
+    [
+        ({"shared": True, "sleep": True, "tensor_parallel": 4}, [["0,1,2,3"], []]),
+        ({"shared": True, "sleep": True, "tensor_parallel": 2, "replicas": 2}, [["0,1", "2,3"]]),
+        ({"shared": True, "tensor_parallel": 2, "devices": ("4,5",)}, [["4,5"]]),
+        ({}, [["0"], ["1"], ["2"]]),
+        ({"replicas": 1, "devices": ("7", "6", "5", "4")}, [["7"], ["6"]]),
+    ],
+)
+def test_each_server_has_gpus_of_its_own(
+    options: dict[str, Any], devices: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    config = EngineConfig(kind="vllm", **options)
+    for rank, expected in enumerate(devices):
+        acts = rank == 0 or not config.shared
+        places = server_places(config, World(rank=rank, size=4)) if acts else []
+        found = [server_environment(config, place)["CUDA_VISIBLE_DEVICES"] for place in places]
+        assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"shared": True, "sleep": True, "tensor_parallel": 2},
+            "engine.tensor_parallel: found 1 x 2 GPUs .* beside 4 ranks, expected engine.repl",
+        ),
+        ({"tensor_parallel": 2}, "found 4 servers of 2 GPUs on a machine with 4, expected no more"),
+        ({"devices": ("4", "5")}, "engine.devices: found 2, expected one for each server"),
+        ({"urls": ("http://127.0.0.1:1",)}, "found 1 for 4 ranks, expected one each, or engine.sh"),
+    ],
+)
+def test_servers_that_do_not_fit_the_ranks_are_refused(
+    options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(EngineError, match=message):
+        server_places(EngineConfig(kind="vllm", **options), World(rank=3, size=4))
 
 
 def test_a_server_sees_its_device_and_nothing_of_torchrun(
@@ -134,6 +195,7 @@ def test_a_server_sees_its_device_and_nothing_of_torchrun(
 PARENT = """
 import sys, time
 from pathlib import Path
+from hsd.rollout.server_launch import server_command, server_environment, server_places
 from hsd.rollout.server_process import ServerProcess
 child = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(600)"
 deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"

@@ -62,6 +62,28 @@ def test_the_newest_files_stay_in_the_engine_s_dtype(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2-softcap"])
+def test_a_large_model_is_written_layer_by_layer(
+    kind: str,
+    make_model: MakeModel,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hsd.rollout.weight_sync._FILE_BYTES", 1)
+    model = make_model(kind)
+    path = WeightFiles(tokenizer, dtype=torch.float32, parent=tmp_path, world=ALONE).write(model, 0)
+    files = [load_file(file) for file in path.glob("*.safetensors")]
+    assert len(files) >= model.config.num_hidden_layers
+    for layer in range(model.config.num_hidden_layers):
+        assert sum(any(f".layers.{layer}." in name for name in file) for file in files) == 1
+    names = [name for file in files for name in file]
+    assert sorted(names) == sorted(model.state_dict())
+    for file in files:
+        for name, tensor in file.items():
+            assert torch.equal(tensor, model.state_dict()[name])
+
+
 def test_files_that_cannot_be_written_leave_the_former_ones(
     make_model: MakeModel, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
