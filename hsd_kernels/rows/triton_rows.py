@@ -6,6 +6,7 @@ depend, to the bit, on how tiles are distributed over programs.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,6 +75,9 @@ def row_mixture(
         rows: (len(Row), C) fp32, what `partials.finish` made of the rows' parts.
     """
     count, columns, pitch = _shape(x, biases)
+    # One kernel for all that differs in what it does not read.
+    spec = replace(spec, reference="absent", forward_kl=False, reverse_kl=False, target=False)
+    x, biases = x._replace(reference=None, targets=None), biases._replace(reference=None)
     tiles = max(triton.cdiv(columns, TILE), 1)
     sums = x.student.new_empty((tiles, 3, count), dtype=torch.float32)
     if count:
