@@ -31,9 +31,11 @@ from triton.runtime import driver
 from benchmarks.machine_code import bodies, read_amdgcn, read_sass
 from hsd_kernels.rows import RowInputs, RowSpec, Source, triton_rows
 from hsd_kernels.rows.buffers import row_buffer
+from hsd_kernels.rows.partials import Partial
 from hsd_kernels.statistics import DIVERGENCES, Coefficients, Row
 
 ROWS, COLUMNS = 4, 1001
+TILES = 75  # of a vocabulary of 151,936, for the kernel that merges them
 TARGETS = {
     **{f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100, 120)},
     **{name: GPUTarget("hip", name, 64) for name in ("gfx942", "gfx950")},
@@ -66,7 +68,8 @@ class Compiled:
         narrow_loads: loads below 128 bits: values of the whole row, as many for any tile.
         body_load_bits: what each body loads in 128 bits and more. A body is an innermost loop that
             loads anything; the whole kernel where there is none, as it then sees its tile once.
-        expected_load_bits: what a thread must load of its row data in a body.
+        expected_load_bits: what a thread must load of its row data in a body; 0 for the kernel
+            that reads statistics of tiles, a hundredth of the logits.
         instructions: per thread and element, as they stand in the code, which has no loop.
         occupancy: share of the warps that fit a multiprocessor.
     """
@@ -90,7 +93,7 @@ class Compiled:
         found = []
         if self.spilled_bytes:
             found.append(f"{self.spilled_bytes} bytes spilled")
-        for loaded in self.body_load_bits:
+        for loaded in self.body_load_bits if self.expected_load_bits else ():
             # An unrolled loop has its loads more than once.
             if loaded == 0 or loaded % self.expected_load_bits:
                 expected = self.expected_load_bits
@@ -185,6 +188,7 @@ def compile_variant(spec: RowSpec, storage: str) -> list[tuple[str, Any, int]]:
     launch, triton_rows.launch = triton_rows.launch, record
     try:
         triton_rows.row_partials(spec, x)
+        triton_rows.merge_tiles(spec, torch.zeros(TILES, len(Partial), ROWS))
         if spec.jsd:
             triton_rows.row_mixture(spec, x, statistics)
         triton_rows.row_grad(spec, x, statistics, Coefficients(*[one] * 7), out)
@@ -196,7 +200,7 @@ def compile_variant(spec: RowSpec, storage: str) -> list[tuple[str, Any, int]]:
     sides = 1 + (spec.teacher != "absent") + (spec.reference != "absent")
     per_element = {"column_mass_kernel": gradient_dtype.itemsize}
     mixture = dtype.itemsize * 2  # it needs no reference
-    per_element |= {"mixture_kernel": mixture}
+    per_element |= {"mixture_kernel": mixture, "merge_kernel": 0}
     return [(n, c, per_element.get(n, dtype.itemsize * sides)) for n, c in started]
 
 
@@ -205,6 +209,7 @@ def measure(target: str, kernel: str, variant: str, compiled: Any, row_bytes: in
     threads = compiled.metadata.num_warps * gpu.warp_size
     # The mass of columns is summed over steps of 8 rows of 512 columns.
     whole = {"column_mass_kernel": 8 * 512, "column_error_kernel": 8 * threads}
+    whole["merge_kernel"] = triton_rows.MERGED
     elements = whole.get(kernel, triton_rows.TILE) // threads
     read = read_sass if gpu.backend == "cuda" else read_amdgcn
     registers, spilled, code = read(compiled)

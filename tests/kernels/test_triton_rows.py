@@ -17,7 +17,9 @@ from hsd_kernels.rows.triton_rows import TILE
 from hsd_kernels.statistics import DIVERGENCES, named_statistics
 
 FULL = bool(os.environ.get("HSD_FULL_GRID"))  # make test-kernels
-EXAMPLES, MOST_ROWS = (600, 300) if FULL else (40, 48)
+EXAMPLES = 600 if FULL else 40
+# The interpreter runs one program after the other: 300 rows take as long as six times 48.
+MOST_ROWS = (48, 48, 48, 48, 48, 48, 48, 300) if FULL else (48,)
 # The contract of fp32 logits: relative errors, of values from SMALLEST nats on.
 GRADIENT, VALUE, SMALLEST = 1e-5, 1e-3, 1e-5
 EPSILON = torch.finfo(torch.float32).eps
@@ -93,7 +95,8 @@ def test_contract_over_tiles_that_disagree(name, beta, above):
 def problems(draw: st.DrawFn) -> tuple[Rows, str, bool]:
     """Rows, a statistic of theirs, and whether their logits are the stored ones, unrounded."""
     columns = draw(st.one_of(st.integers(2, 300), st.sampled_from([1023, 2049, 4095, 4097, 5000])))
-    count = draw(st.integers(0, MOST_ROWS if columns <= 300 else MOST_ROWS // 6))
+    most = draw(st.sampled_from(MOST_ROWS))
+    count = draw(st.integers(0, most if columns <= 300 else most // 6))
     sources = st.sampled_from(["absent", "logits", "difference"])
     teacher, reference = draw(sources), draw(sources)
     flags = dict(zip(DIVERGENCES, draw(st.tuples(*[st.booleans()] * 3)), strict=True))
@@ -167,6 +170,6 @@ def test_generated_rows(problem):
     assert_gradient(mass, masses, own + ROUNDINGS * (nearby_masses - masses).norm().item())
     allowed = VALUE * values.abs().clamp(min=SMALLEST) + ROUNDINGS * (nearby_values - values).abs()
     if name in ("lse", "logprob", "entropy"):  # of which the contract says nothing
-        largest = rows.inputs.student.float().abs().amax(-1)
+        largest = 2 * rows.inputs.student.float().abs().amax(-1)  # scale / temperature is below 2
         allowed = 1e-6 + EPSILON * largest + ROUNDINGS * (nearby_values - values).abs()
     assert ((found - values).abs() <= allowed).all()

@@ -12,7 +12,7 @@ from hsd_kernels.reference import divergences, kl_divergence
 from hsd_kernels.rows import RowInputs, RowSpec, known_difference, triton_rows
 from hsd_kernels.rows.buffers import row_buffer
 from hsd_kernels.rows.mixture import finish_mixture
-from hsd_kernels.rows.partials import finish, merge
+from hsd_kernels.rows.partials import finish
 from hsd_kernels.rows.triton_tile import Biases
 from hsd_kernels.statistics import coefficients
 
@@ -67,7 +67,7 @@ class Rows:
         x = self.inputs
         options = {"biases": self.kernel_biases(), "tiles_per_program": tiles_per_program}
         parts = triton_rows.row_partials(self.spec, x, **options)
-        rows = finish(self.spec, merge(self.spec, parts), x)
+        rows = finish(self.spec, triton_rows.merge_tiles(self.spec, parts)[0], x)
         if not self.spec.jsd:
             return rows
         return finish_mixture(rows, triton_rows.row_mixture(self.spec, x, rows, **options), x)
