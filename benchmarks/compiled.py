@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,20 @@ os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: compile, 
 
 import torch
 import triton
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from benchmarks.machine_code import bodies, read_amdgcn, read_sass
-from hsd_kernels.rows import RowInputs, RowSpec, triton_rows
+from hsd_kernels.rows import RowInputs, RowSpec, Source, triton_rows
 from hsd_kernels.rows.buffers import row_buffer
+from hsd_kernels.rows.partials import Partial
 from hsd_kernels.statistics import DIVERGENCES, Coefficients, Row
 
 ROWS, COLUMNS = 4, 1001
+TILES = 75  # of a vocabulary of 151,936, for the kernel that merges them
 TARGETS = {
     **{f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100, 120)},
     **{name: GPUTarget("hip", name, 64) for name in ("gfx942", "gfx950")},
@@ -41,9 +44,15 @@ WARPS_PER_SM = {80: 64, 90: 64, 100: 64, 120: 48}
 SHARED_PER_SM = {80: 164, 90: 228, 100: 228, 120: 100}  # KiB
 STORAGE = {  # of logits and gradient
     "fp32": (torch.float32, torch.bfloat16),
+    "fp32, fp16 gradient": (torch.float32, torch.float16),
     "fp32 all": (torch.float32, torch.float32),
     "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp16": (torch.float16, torch.float16),
+}
+SOURCES: dict[str, tuple[Source, ...]] = {  # of sides, with a head of their own or the student's
+    "fp32": ("logits",),  # narrow operands cannot hold the difference of hidden states
+    "fp32, fp16 gradient": ("logits",),
+    "fp32 all": ("logits", "difference"),
+    "bf16": ("difference",),
 }
 
 
@@ -59,7 +68,8 @@ class Compiled:
         narrow_loads: loads below 128 bits: values of the whole row, as many for any tile.
         body_load_bits: what each body loads in 128 bits and more. A body is an innermost loop that
             loads anything; the whole kernel where there is none, as it then sees its tile once.
-        expected_load_bits: what a thread must load of its row data in a body.
+        expected_load_bits: what a thread must load of its row data in a body; 0 for the kernel
+            that reads statistics of tiles, a hundredth of the logits.
         instructions: per thread and element, as they stand in the code, which has no loop.
         occupancy: share of the warps that fit a multiprocessor.
     """
@@ -83,7 +93,7 @@ class Compiled:
         found = []
         if self.spilled_bytes:
             found.append(f"{self.spilled_bytes} bytes spilled")
-        for loaded in self.body_load_bits:
+        for loaded in self.body_load_bits if self.expected_load_bits else ():
             # An unrolled loop has its loads more than once.
             if loaded == 0 or loaded % self.expected_load_bits:
                 expected = self.expected_load_bits
@@ -108,42 +118,46 @@ class AbsentDevice:
 
 
 def variants(*, everything: bool) -> Iterator[tuple[str, RowSpec, str]]:
-    """Description, specification and storage of what the pipelines may ask for."""
+    """Description, specification and storage of what the pipeline may ask for.
+
+    Of a loss with several divergences only the largest, with all three: the others lie between.
+    """
     if not everything:
         yield "no teacher", RowSpec(target=True), "fp32"
         yield "reverse", RowSpec(teacher="logits", reverse_kl=True, target=True), "fp32"
         capped = RowSpec(teacher="difference", forward_kl=True, softcap=True)
-        yield "forward, softcap", capped, "bf16"
+        yield "forward, softcap", capped, "fp32 all"
         largest = RowSpec(teacher="difference", reference="difference", jsd=True, target=True)
         yield "jsd, reference", largest, "bf16"
         return
-    teachers = [("absent", ""), *itertools.product(("logits", "difference"), DIVERGENCES)]
-    sources = ("absent", "logits", "difference")
-    choices = itertools.product(teachers, sources, (False, True), (False, True), STORAGE)
-    for (teacher, divergence), reference, softcap, target, storage in choices:
-        wanted = {divergence: True} if divergence else {}
-        same = [True] if teacher != "difference" or softcap else [True, False]
-        for same_temperature in same:
-            spec = RowSpec(
-                teacher=teacher,  # type: ignore[arg-type]
-                reference=reference,  # type: ignore[arg-type]
-                softcap=softcap,
-                target=target,
-                same_temperature=same_temperature,
-                **wanted,
-            )
-            name = ", ".join(
-                part
-                for part in (
-                    f"{teacher} {divergence}".strip(),
-                    f"reference {reference}",
-                    "softcap" * softcap,
-                    "target" * target,
-                    "" if same_temperature else "own temperature",
+    wanted = ((), *((name,) for name in DIVERGENCES), DIVERGENCES)
+    for storage, sources in SOURCES.items():
+        teachers = [("absent", ()), *itertools.product(sources, wanted)]
+        softcaps = (False,) if storage == "bf16" else (False, True)
+        choices = itertools.product(teachers, ("absent", *sources), softcaps, (False, True))
+        for (teacher, names), reference, softcap, target in choices:
+            own = storage == "fp32 all" and teacher == "difference" and not softcap
+            for same_temperature in (True, False) if own else (True,):
+                spec = RowSpec(
+                    teacher=teacher,  # type: ignore[arg-type]
+                    reference=reference,  # type: ignore[arg-type]
+                    softcap=softcap,
+                    target=target,
+                    same_temperature=same_temperature,
+                    **dict.fromkeys(names, True),
                 )
-                if part
-            )
-            yield name, spec, storage
+                yield _description(spec), spec, storage
+
+
+def _description(spec: RowSpec) -> str:
+    parts = (
+        f"{spec.teacher} {' '.join(n for n in DIVERGENCES if getattr(spec, n))}".strip(),
+        f"reference {spec.reference}",
+        "softcap" * spec.softcap,
+        "target" * spec.target,
+        "" if spec.same_temperature else "own temperature",
+    )
+    return ", ".join(part for part in parts if part)
 
 
 def compile_variant(spec: RowSpec, storage: str) -> list[tuple[str, Any, int]]:
@@ -174,6 +188,7 @@ def compile_variant(spec: RowSpec, storage: str) -> list[tuple[str, Any, int]]:
     launch, triton_rows.launch = triton_rows.launch, record
     try:
         triton_rows.row_partials(spec, x)
+        triton_rows.merge_tiles(spec, torch.zeros(TILES, len(Partial), ROWS))
         if spec.jsd:
             triton_rows.row_mixture(spec, x, statistics)
         triton_rows.row_grad(spec, x, statistics, Coefficients(*[one] * 7), out)
@@ -185,7 +200,7 @@ def compile_variant(spec: RowSpec, storage: str) -> list[tuple[str, Any, int]]:
     sides = 1 + (spec.teacher != "absent") + (spec.reference != "absent")
     per_element = {"column_mass_kernel": gradient_dtype.itemsize}
     mixture = dtype.itemsize * 2  # it needs no reference
-    per_element |= {"mixture_kernel": mixture}
+    per_element |= {"mixture_kernel": mixture, "merge_kernel": 0}
     return [(n, c, per_element.get(n, dtype.itemsize * sides)) for n, c in started]
 
 
@@ -194,6 +209,7 @@ def measure(target: str, kernel: str, variant: str, compiled: Any, row_bytes: in
     threads = compiled.metadata.num_warps * gpu.warp_size
     # The mass of columns is summed over steps of 8 rows of 512 columns.
     whole = {"column_mass_kernel": 8 * 512, "column_error_kernel": 8 * threads}
+    whole["merge_kernel"] = triton_rows.MERGED
     elements = whole.get(kernel, triton_rows.TILE) // threads
     read = read_sass if gpu.backend == "cuda" else read_amdgcn
     registers, spilled, code = read(compiled)
@@ -261,6 +277,39 @@ def table(found: list[Compiled]) -> Table:
     return result
 
 
+def summary(found: list[Compiled]) -> Table:
+    """The extremes of each kernel's variants, by target."""
+    heads = (
+        "target", "kernel", "variants", "registers", "spilled B", "shared B", "row loads, bits",
+        "instructions / element", "occupancy", "faults",
+    )  # fmt: skip
+    result = Table(*heads, title=f"triton {triton.__version__}, least to most", box=box.MARKDOWN)
+    groups: dict[tuple[str, str], list[Compiled]] = {}
+    for each in found:
+        groups.setdefault((each.target, each.kernel), []).append(each)
+    for (target, kernel), group in groups.items():
+        widths = sorted({int(width) for each in group for width in each.row_load_bits})
+        result.add_row(
+            target,
+            kernel,
+            str(len(group)),
+            _range(each.registers for each in group),
+            _range(each.spilled_bytes for each in group),
+            _range(each.shared_bytes for each in group),
+            ", ".join(str(width) for width in widths),
+            _range(round(each.instructions) for each in group),
+            _range((round(100 * each.occupancy) for each in group), "%"),
+            str(sum(bool(each.faults) for each in group)),
+        )
+    return result
+
+
+def _range(values: Iterable[int], unit: str = "") -> str:
+    ordered = sorted(set(values))
+    ends = [ordered[0], *ordered[1:][-1:]]
+    return " - ".join(f"{end:,}{unit}" for end in ends)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
@@ -268,7 +317,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the table to")
     arguments = parser.parse_args()
     found = compile_all(arguments.targets, everything=arguments.all)
-    Console(width=200).print(table(found))
+    for shown in (table(found), summary(found)):
+        Console(width=200).print(shown)
     if arguments.json:
         records = [asdict(each) | {"faults": each.faults} for each in found]
         content = {"triton": triton.__version__, "kernels": records}

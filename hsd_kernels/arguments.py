@@ -21,6 +21,7 @@ from hsd_kernels.checks import (
     check_tensor,
     columns_in_use,
     constant,
+    group_name,
     head_rows,
     hidden_states,
     per_token,
@@ -209,7 +210,7 @@ def _settings(
         max_chunk_bytes=None
         if chunk is None
         else int(check_number("max_chunk_bytes", chunk, positive=True)),
-        group=a["process_group"].group_name if sharded else "",
+        group=group_name(a["process_group"]),
         validate=bool(a["validate"]),
         backend=backend,
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from hsd_kernels.problem import Problem
 from hsd_kernels.rows import RowInputs, RowKernels, RowSpec
 from hsd_kernels.rows.mixture import finish_mixture
-from hsd_kernels.rows.partials import finish, merge
+from hsd_kernels.rows.partials import finish
 from hsd_kernels.rows.torch_rows import row_kernels
 
 
@@ -38,7 +38,7 @@ def kernels_of(problem: Problem, *, fused: bool) -> RowKernels:
             "backend: found 'triton' without triton, which comes with the GPU builds of torch"
         ) from None
     return RowKernels(
-        partials=triton_rows.row_partials,
+        partials=_tiles_partials,
         mixture=triton_rows.row_mixture,
         grad=triton_rows.row_grad,
         errors=triton_rows.row_errors,
@@ -47,11 +47,19 @@ def kernels_of(problem: Problem, *, fused: bool) -> RowKernels:
     )
 
 
+def _tiles_partials(spec: RowSpec, x: RowInputs, *, first_column: int = 0) -> Tensor:
+    """(1, len(Partial), C) of all tiles."""
+    from hsd_kernels.rows import triton_rows
+
+    parts = triton_rows.row_partials(spec, x, first_column=first_column)
+    return triton_rows.merge_tiles(spec, parts)
+
+
 def _merged_statistics(spec: RowSpec, x: RowInputs) -> Tensor:
     """(len(Row), C) of the tiles' parts."""
     from hsd_kernels.rows import triton_rows
 
-    rows = finish(spec, merge(spec, triton_rows.row_partials(spec, x)), x)
+    rows = finish(spec, _tiles_partials(spec, x)[0], x)
     if not spec.jsd:
         return rows
     return finish_mixture(rows, triton_rows.row_mixture(spec, x, rows), x)

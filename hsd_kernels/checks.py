@@ -159,6 +159,19 @@ def _outside(targets: Tensor, vocab_size: int) -> Tensor:
     return (targets < 0) | (targets >= vocab_size)
 
 
+def group_name(value: object) -> str:
+    """Of a process group; "" for None."""
+    if value is None:
+        return ""
+    name = getattr(value, "group_name", None)
+    if not isinstance(name, str):
+        raise TypeError(
+            f"process_group: found {type(value).__name__}, "
+            "expected a torch.distributed.ProcessGroup of which this process is a member"
+        )
+    return name
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(

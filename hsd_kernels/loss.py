@@ -112,7 +112,8 @@ def fused_hsd_loss(
         sparse_max_columns: a chunk that needs more columns runs dense; default: half of them.
         top_k: ids and log-probs of the k most likely tokens of both sides, in `stats`.
         weight_grad_out: (V, D) fp32 accumulator that the head's gradient is added to during
-            forward, in place of weight.grad; the upstream gradient must then be 1.
+            forward, in place of weight.grad; the upstream gradient must then be 1. Nothing is
+            added where weight does not require grad.
         max_chunk_bytes: cap of all logits held at a time; default 512 MiB.
         process_group: its ranks hold consecutive rows of every head; all are given the same
             tokens. The loss and the gradient of student_hidden are the same on every rank.

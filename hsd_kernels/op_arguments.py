@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
 from hsd_kernels.problem import Problem, Settings, Side
 
 
 def arguments_of(problem: Problem) -> dict[str, Any]:
-    """A problem as arguments of the ops, wanted gradients apart."""
+    """A problem as arguments of the ops, wanted gradients apart.
+
+    Raises:
+        RuntimeError: a tensor has a tangent, which an op without a forward derivative would drop.
+    """
     arguments: dict[str, Any] = {
         "student": problem.student,
         "weight": problem.weight,
@@ -33,7 +41,19 @@ def arguments_of(problem: Problem) -> dict[str, Any]:
         arguments[name] = getattr(settings, name)
     # An empty list would pass for a list of tensors, which autograd wants gradients of.
     arguments["loss_scalars"] = list(settings.loss_scalars) or [0.0]
+    if not torch.compiler.is_compiling():
+        _refuse_tangents(arguments)
     return arguments
+
+
+def _refuse_tangents(arguments: Mapping[str, Any]) -> None:
+    for name, value in arguments.items():
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, Tensor) and forward_ad.unpack_dual(each).tangent is not None:
+                raise RuntimeError(
+                    f"hsd_kernels: found a forward-mode derivative (torch.func.jvp, jacfwd) of "
+                    f"{name}, but only gradients are formed; expected backend='reference' for that"
+                )
 
 
 def problem_of(a: Mapping[str, Any]) -> Problem:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ import pytest
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 GRADIENTS = ("student_grad", "weight_grad", "bias_grad")
+NAMES = dict(zip(("student_hidden", "weight", "bias"), GRADIENTS, strict=True))  # by input
 MUTATIONS: dict[str, Callable[[Any], Any]] = {
     "zeroed": lambda gradient: gradient * 0,
     "x 1.05": lambda gradient: gradient * 1.05,
@@ -106,9 +108,15 @@ def _notices(pyfuncitem: pytest.Function, name: str, mutation: str) -> bool:
 def _altered_solutions(alter: Callable[[Any], None]) -> Iterator[None]:
     """Shows `alter` the gradients of each solution of the fused op before autograd gets them.
 
-    And those of `hsd_kernels.parity`, which are autograd's own, on their way to the leaves.
+    And those of `hsd_kernels.parity`, which are autograd's own, on their way to the leaves; and
+    those that a test says it received from another process, by `kernel_problems.received`.
     """
     from hsd_kernels import ops, parity
+
+    def received(gradients: dict[str, Any]) -> dict[str, Any]:
+        solution = SimpleNamespace(**{name: gradients.get(of) for of, name in NAMES.items()})
+        alter(solution)
+        return {of: getattr(solution, name) for of, name in NAMES.items() if of in gradients}
 
     solve, check = ops.solve, parity.check
 
@@ -125,6 +133,8 @@ def _altered_solutions(alter: Callable[[Any], None]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "solve", altered)
         patch.setattr(parity, "check", watched)
+        if "kernel_problems" in sys.modules:
+            patch.setattr(sys.modules["kernel_problems"], "received", received)
         yield
 
 

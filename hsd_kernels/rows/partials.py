@@ -75,7 +75,7 @@ _REVERSE: Final = _Pair(Partial.MAX, Partial.TEACHER_MAX, Partial.REVERSE_ANCHOR
 _REFERENCE: Final = _Pair(Partial.MAX, Partial.REFERENCE_MAX, Partial.REFERENCE_ANCHOR)
 
 SERIES_RADIUS: Final = 0.5
-_LARGEST_ANCHORED: Final = 20.0  # nats of KL: above, the excess may overflow
+LARGEST_ANCHORED: Final = 20.0  # nats of KL: above, the excess may overflow
 
 
 def exp_again(x: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ def _merge_pair(parts: Tensor, whole: Tensor, pair: _Pair, known: bool, share: _
     ratio = _far_log_ratio(parts, pair, known)
     far_mass = (share.log_weight + ratio + step - mean).clamp(max=EXPONENT_LIMIT).exp()
     far = far_mass - share.log_weight.exp() * (1 + height)
-    chosen = torch.where(ratio - own_mean < _LARGEST_ANCHORED, near, far)
+    chosen = torch.where(ratio - own_mean < LARGEST_ANCHORED, near, far)
     empty = share.log_weight == -torch.inf
     whole[pair.anchor + 2] = torch.where(empty, 0.0, chosen).sum(0)
 
@@ -213,7 +213,7 @@ def _pair_statistics(part: Tensor, pair: _Pair, known: bool) -> tuple[Tensor, Te
     """KL(x || y), log E_x[exp e] and E_x[e], (C,) each."""
     mean, near = part[pair.anchor + 1], torch.log1p(part[pair.anchor + 2])
     far = _far_log_ratio(part, pair, known) - mean
-    kl = torch.where(far < _LARGEST_ANCHORED, near, far)
+    kl = torch.where(far < LARGEST_ANCHORED, near, far)
     return kl, mean + kl, mean
 
 

@@ -126,6 +126,11 @@ def solve(
     return Result(out.loss.detach(), out.stats, out.plan, gradients)
 
 
+def received(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients by input that another process formed; where mutations alter them."""
+    return gradients
+
+
 def truth(arguments: Mapping[str, Any], **options: Any) -> Result:
     """The dense reference in fp64 on the same values."""
     return solve(cast(arguments, torch.float64), backend="reference", **options)

@@ -85,6 +85,7 @@ WRONG_TYPES = {
     "kl_coef": [("1", "number")],
     "clip_range": [(0.2, "(low, high)"), ((0.2,), "(low, high)"), (("a", "b"), "number")],
     "max_chunk_bytes": [("1G", "number")],
+    "process_group": [("world", "ProcessGroup"), (-100, "ProcessGroup")],  # as non-members get
 }
 OUT_OF_RANGE = {
     "vocab_size": [(0, f"1 to {V}"), (V + 1, f"1 to {V}"), (-1, f"1 to {V}")],

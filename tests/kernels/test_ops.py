@@ -158,6 +158,34 @@ def test_vmap_is_refused():
         torch.func.vmap(loss)(torch.stack([given["student_hidden"]] * 2))
 
 
+@pytest.mark.parametrize("name", ["student_hidden", "weight", "teacher_hidden", "token_weights"])
+def test_forward_mode_is_refused_where_a_tangent_would_be_lost(name):
+    """The ops pass on none, and a derivative of zero looks like an answer."""
+    given = problem()
+    given["token_weights"] = torch.ones(given["student_hidden"].shape[:-1])
+    direction = torch.ones_like(given[name])
+
+    def loss(value):
+        return fused_hsd_loss(**{**given, name: value}).loss
+
+    with pytest.raises(RuntimeError, match="found a forward-mode derivative"):
+        torch.func.jvp(loss, (given[name],), (direction,))
+
+
+def test_the_reference_has_forward_mode():
+    given = cast(problem(), torch.float64)
+    student = given["student_hidden"].requires_grad_()
+    loss = fused_hsd_loss(**given).loss
+    (gradient,) = torch.autograd.grad(loss, student)
+    direction = Draw((12,), seed=1).states()
+
+    def dense(value):
+        return fused_hsd_loss(**{**given, "student_hidden": value}, backend="reference").loss
+
+    _, found = torch.func.jvp(dense, (student.detach(),), (direction,))
+    torch.testing.assert_close(found, (gradient * direction).sum())
+
+
 def test_the_plan_of_a_compiled_call_says_what_ran():
     given = problem()
     expected = fused_hsd_loss(**given).plan

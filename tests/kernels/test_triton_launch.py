@@ -14,10 +14,10 @@ import triton.language as tl
 from kernel_problems import Draw, cast, relative_error, solve
 from torch import Tensor
 from triton.runtime import interpreter
-from triton_problems import Rows, pitched, plain_rows, spec_of, stored_rows
+from triton_problems import SIDES, Rows, pitched, plain_rows, spec_of, stored_rows
 
 from hsd_kernels import precision
-from hsd_kernels.rows import RowSpec, torch_errors, torch_rows, triton_math, triton_rows
+from hsd_kernels.rows import RowInputs, RowSpec, torch_errors, torch_rows, triton_math, triton_rows
 from hsd_kernels.rows.partials import Partial, finish, merge
 from hsd_kernels.rows.triton_rows import TILE
 from hsd_kernels.statistics import DIVERGENCES, Row, coefficients, named_statistics
@@ -100,6 +100,55 @@ def test_errors_of_rounding_are_those_of_the_other_backend(name):
     for line in range(3):
         assert relative_error(found[line], expected[line]) <= 1e-4, line
     assert torch.equal(found, triton_rows.row_errors(spec, x, statistics, along))
+
+
+def parts_of(spec: RowSpec, tiles: int, apart: float) -> tuple[Tensor, RowInputs]:
+    """fp32 statistics of tiles of four columns of 11 rows, and the inputs of the whole rows."""
+    rows, columns = 11, 4 * tiles
+    draw = Draw((rows,), vocab=columns)
+    student = max(apart, 3.0) * draw.normal(rows, columns)
+    sides = {s: student + apart * draw.normal(rows, columns) for s in ("teacher", "reference")}
+    logits = {"student": student, **sides}
+    x = stored_rows(spec, logits, dtype=torch.float32, targets=draw.targets()).inputs
+    parts = []
+    for first in range(0, columns, 4):
+        own = x.targets - first
+        cut = {side: getattr(x, side)[:, first : first + 4] for side in SIDES}
+        part = x._replace(**cut, targets=torch.where((own >= 0) & (own < 4), own, -1))
+        parts.append(torch_rows.row_partials(spec, part, first_column=first, fused=False))
+    return torch.cat(parts), x
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3, 8, 75])
+@pytest.mark.parametrize("source", ["logits", "difference"])
+@pytest.mark.parametrize("apart", [1e-3, 1.0, 60.0])
+def test_tiles_merge_as_parts_do(apart, source, tiles):
+    """In fp64, of the same parts; 60 puts the sides' mass on tiles that the other hardly knows."""
+    spec = RowSpec(teacher=source, reference=source, **EVERYTHING)
+    parts, x = parts_of(spec, tiles, apart)
+    found, whole = triton_rows.merge_tiles(spec, parts)[0], merge(spec, parts)
+    expected = merge(spec, parts.double())
+    for line in Partial:
+        if "EXCESS" not in line.name:
+            close = {"rtol": 2e-6, "atol": 2e-6, "msg": lambda m, n=line.name: f"{n}: {m}"}
+            torch.testing.assert_close(found[line].double(), expected[line], **close)
+    # Parts' means near 1 of KLs near 1e-6 lose digits in fp32; in torch as here.
+    statistics, other, truth = (finish(spec, part, x) for part in (found, whole, expected))
+    for name in (Row.FORWARD_KL, Row.REVERSE_KL, Row.REF_KL):
+        error, others = (relative_error(each[name], truth[name]) for each in (statistics, other))
+        assert error <= max(1e-5, 2 * others), name
+
+
+def test_rows_merge_alike_wherever_they_lie():
+    spec = RowSpec(teacher="logits", reference="difference", **EVERYTHING)
+    parts, _ = parts_of(spec, 3, 1.0)
+    merged, order = (
+        triton_rows.merge_tiles(spec, parts),
+        torch.tensor([3, 0, 6, 10, 1, 5, 9, 2, 4, 8, 7]),
+    )
+    assert torch.equal(triton_rows.merge_tiles(spec, parts[..., order]), merged[..., order])
+    wide = parts.repeat(1, 1, 100)  # of several programs
+    assert torch.equal(triton_rows.merge_tiles(spec, wide), merged.repeat(1, 1, 100))
 
 
 def test_a_shard_without_columns_adds_nothing():

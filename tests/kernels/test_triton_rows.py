@@ -17,8 +17,13 @@ from hsd_kernels.rows.triton_rows import TILE
 from hsd_kernels.statistics import DIVERGENCES, named_statistics
 
 FULL = bool(os.environ.get("HSD_FULL_GRID"))  # make test-kernels
-EXAMPLES, MOST_ROWS = (600, 300) if FULL else (40, 48)
-GRADIENT, VALUE = 1e-5, 1e-3  # relative; values from 1e-5 nats
+EXAMPLES = 600 if FULL else 40
+# The interpreter runs one program after the other: 300 rows take as long as six times 48.
+MOST_ROWS = (48, 48, 48, 48, 48, 48, 48, 300) if FULL else (48,)
+# The contract of fp32 logits: relative errors, of values from SMALLEST nats on.
+GRADIENT, VALUE, SMALLEST = 1e-5, 1e-3, 1e-5
+EPSILON = torch.finfo(torch.float32).eps
+ROUNDINGS = 4  # scale, softcap and temperature are one each, and a subtraction
 OFFSETS = ((0, 0), (40, 40), (-40, -40), (40, 0), (0, -40))  # of student and other, row by row
 MUTATIONS = (lambda g: g * 0, lambda g: g * 1.05, lambda g: g.roll(1, 0))
 STATISTICS = [
@@ -31,12 +36,12 @@ STATISTICS = [
 ]
 
 
-def assert_gradient(found: Tensor, expected: Tensor, tolerance: float, floor: float = 0.0) -> None:
+def assert_gradient(found: Tensor, expected: Tensor, floor: float = 0.0) -> None:
     """By relative norm; a comparison that a wrong gradient would pass fails too.
 
-    `floor` is an absolute error per row that the rounding of the logits alone explains.
+    `floor` is the norm of an error that is not the kernel's.
     """
-    allowed = tolerance + floor * len(found) ** 0.5 / max(expected.norm().item(), 1e-300)
+    allowed = GRADIENT + floor / max(expected.norm().item(), 1e-300)
     assert relative_error(found, expected) <= allowed
     if allowed < 0.02 and expected.norm() > 0:
         rows_differ = relative_error(expected.roll(1, 0), expected) > 2 * allowed
@@ -64,9 +69,9 @@ def test_contract(name, beta, kl, entropy, source):
     statistics = rows.statistics()
     gradient, mass = rows.gradient(statistics, name)
     values, expected = rows.truth(name)
-    assert_gradient(gradient, expected, GRADIENT)
+    assert_gradient(gradient, expected)
     assert relative_error(mass, expected.abs().sum(-1)) <= GRADIENT
-    large = values >= 1e-5
+    large = values >= SMALLEST
     found = named_statistics(statistics)[name].double()
     torch.testing.assert_close(found[large], values[large], rtol=VALUE, atol=0)
 
@@ -82,7 +87,7 @@ def test_contract_over_tiles_that_disagree(name, beta, above):
     rows = plain_rows(spec_of(name, "logits"), logits, beta=beta)
     statistics = rows.statistics()
     values, expected = rows.truth(name)
-    assert_gradient(rows.gradient(statistics, name)[0], expected, GRADIENT)
+    assert_gradient(rows.gradient(statistics, name)[0], expected)
     assert relative_error(named_statistics(statistics)[name], values) <= GRADIENT
 
 
@@ -90,7 +95,8 @@ def test_contract_over_tiles_that_disagree(name, beta, above):
 def problems(draw: st.DrawFn) -> tuple[Rows, str, bool]:
     """Rows, a statistic of theirs, and whether their logits are the stored ones, unrounded."""
     columns = draw(st.one_of(st.integers(2, 300), st.sampled_from([1023, 2049, 4095, 4097, 5000])))
-    count = draw(st.integers(0, MOST_ROWS if columns <= 300 else MOST_ROWS // 6))
+    most = draw(st.sampled_from(MOST_ROWS))
+    count = draw(st.integers(0, most if columns <= 300 else most // 6))
     sources = st.sampled_from(["absent", "logits", "difference"])
     teacher, reference = draw(sources), draw(sources)
     flags = dict(zip(DIVERGENCES, draw(st.tuples(*[st.booleans()] * 3)), strict=True))
@@ -137,24 +143,33 @@ def problems(draw: st.DrawFn) -> tuple[Rows, str, bool]:
 
 @settings(
     max_examples=EXAMPLES,
-    derandomize=not FULL,
+    derandomize=True,
     deadline=None,
     database=None,
     suppress_health_check=list(HealthCheck),
 )
 @given(problems())
-@pytest.mark.timeout(3600 if FULL else 300)
+@pytest.mark.timeout(0 if FULL else 300)
 def test_generated_rows(problem):
+    """The contract; beside it stands only what no kernel of fp32 logits could do better.
+
+    That is rounding of transformed logits to fp32, measured on the truth itself, and where the
+    sides are identical the rounding of the truth, in fp64.
+    """
     rows, name, exact = problem
     statistics = rows.statistics()
     gradient, mass = rows.gradient(statistics, name)
     values, expected = rows.truth(name)
+    nearby_values, nearby = (values, expected) if exact else rows.truth(name, rounded=True)
     found = named_statistics(statistics)[name].double()
     assert found.isfinite().all() and gradient.isfinite().all()
-    # Temperature and softcap round logits to fp32 before they are subtracted.
-    rounding = 0.0 if exact else 1e-5
-    kl = name not in ("lse", "logprob", "entropy")
-    floor = 1e-14 if kl else 3e-7  # of the truth, where sides are identical
-    assert_gradient(gradient, expected, GRADIENT if exact else 1e-4, floor + rounding)
-    assert_gradient(mass, expected.abs().sum(-1), GRADIENT if exact else 1e-4, floor + rounding)
-    torch.testing.assert_close(found, values, rtol=VALUE, atol=1e-5 if kl else 2e-4)
+    own = 1e-15 * expected.numel() ** 0.5
+    assert_gradient(gradient, expected, own + ROUNDINGS * (nearby - expected).norm().item())
+    masses, nearby_masses = (g.abs().sum(-1) for g in (expected, nearby))
+    own *= expected.shape[1] ** 0.5
+    assert_gradient(mass, masses, own + ROUNDINGS * (nearby_masses - masses).norm().item())
+    allowed = VALUE * values.abs().clamp(min=SMALLEST) + ROUNDINGS * (nearby_values - values).abs()
+    if name in ("lse", "logprob", "entropy"):  # of which the contract says nothing
+        largest = 2 * rows.inputs.student.float().abs().amax(-1)  # scale / temperature is below 2
+        allowed = 1e-6 + EPSILON * largest + ROUNDINGS * (nearby_values - values).abs()
+    assert ((found - values).abs() <= allowed).all()

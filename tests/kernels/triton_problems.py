@@ -9,10 +9,10 @@ from kernel_problems import Draw, likely_token, scale_and_height, step
 from torch import Tensor
 
 from hsd_kernels.reference import divergences, kl_divergence
-from hsd_kernels.rows import RowInputs, RowSpec, triton_rows
+from hsd_kernels.rows import RowInputs, RowSpec, known_difference, triton_rows
 from hsd_kernels.rows.buffers import row_buffer
 from hsd_kernels.rows.mixture import finish_mixture
-from hsd_kernels.rows.partials import finish, merge
+from hsd_kernels.rows.partials import finish
 from hsd_kernels.rows.triton_tile import Biases
 from hsd_kernels.statistics import coefficients
 
@@ -67,7 +67,7 @@ class Rows:
         x = self.inputs
         options = {"biases": self.kernel_biases(), "tiles_per_program": tiles_per_program}
         parts = triton_rows.row_partials(self.spec, x, **options)
-        rows = finish(self.spec, merge(self.spec, parts), x)
+        rows = finish(self.spec, triton_rows.merge_tiles(self.spec, parts)[0], x)
         if not self.spec.jsd:
             return rows
         return finish_mixture(rows, triton_rows.row_mixture(self.spec, x, rows, **options), x)
@@ -83,18 +83,33 @@ class Rows:
         mass = triton_rows.row_grad(self.spec, x, rows, along, out, biases=biases, **options)
         return out, mass
 
-    def truth(self, name: str) -> tuple[Tensor, Tensor]:
-        """Values (C,) and gradients (C, V) in fp64."""
+    def truth(self, name: str, *, rounded: bool = False) -> tuple[Tensor, Tensor]:
+        """Values (C,) and gradients (C, V) in fp64.
+
+        `rounded`: each side's logits, or its difference to the student's, go through fp32 once,
+        after scale, softcap and temperature. What that alone moves is no fault of a kernel.
+        """
         raw = self._raw()
         leaf = raw["student"].clone().requires_grad_()
-        z = self._logits(leaf, self.temperature)
+        exact = self._logits(leaf, self.temperature)
+        z = exact + (exact.float() - exact).detach() if rounded else exact
         log_p = z.log_softmax(-1)
+
+        def other(side: str, temperature: Tensor) -> Tensor:
+            logits = self._logits(raw[side], temperature)
+            teacher = side == "teacher"
+            known = known_difference(self.spec, getattr(self.spec, side), of_teacher=teacher)
+            if rounded and known:
+                logits = z.detach() - (exact.detach() - logits).float()
+            elif rounded:
+                logits = logits.float().double()
+            return logits.log_softmax(-1)
+
         if name in ("forward_kl", "reverse_kl", "jsd"):
-            log_q = self._logits(raw["teacher"], self.teacher_temperature).log_softmax(-1)
+            log_q = other("teacher", self.teacher_temperature)
             value = divergences(log_p, log_q, beta=self.beta)[name]
         elif name == "ref_kl":
-            log_r = self._logits(raw["reference"], self.temperature).log_softmax(-1)
-            value = kl_divergence(log_p, log_r)
+            value = kl_divergence(log_p, other("reference", self.temperature))
         elif name == "logprob":
             value = log_p.gather(-1, self.targets[:, None])[:, 0]
         elif name == "entropy":

@@ -36,7 +36,9 @@ for split, sizes in SPLITS[size].items():
         student, **{n: given[n] for n in names if n in given}, process_group=group
     )
     (found.forward_kl.sum() * found.entropy.sum()).backward()
-    save_file({"grad": student.grad}, folder / f"{split}-statistics-{rank}.safetensors")
+    save_file(
+        {"grad.student_hidden": student.grad}, folder / f"{split}-statistics-{rank}.safetensors"
+    )
 for case in CASES:
     given = part_of_sequence(problem(case), size, rank)
     leaves = {name: given[name].detach().requires_grad_() for name in LEARNED}
