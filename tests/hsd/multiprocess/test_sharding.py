@@ -39,7 +39,7 @@ def sharded(folder: Path) -> dict[tuple[int, str], list[Found]]:
     found = {}
     for ranks, cases in ALL.items():
         script = Path(__file__).with_name("sharding_rank.py")
-        done = launch(script, folder, cache=folder, processes=ranks)
+        done = launch(script, folder, cache=folder, processes=ranks, timeout=600)
         assert done.returncode == 0, done.stderr
         for name in cases:
             files = [folder / f"{name}-{rank}.safetensors" for rank in range(ranks)]
