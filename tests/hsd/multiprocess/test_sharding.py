@@ -19,7 +19,7 @@ from hsd.distributed.process import World
 from hsd.metrics import read_json_lines
 from hsd.trainer import whole_policy
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 Found = dict[str, Tensor]
 BOUND = 1e-5
