@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,29 @@ def test_a_signal_ends_the_step_and_the_run_resumes_bit_by_bit(
     assert not (run / "resume").exists()
     assert_same_run(run, go(name="whole", model=model, **changes)[1])
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_during_a_save_leaves_whole_checkpoints_alone(
+    go: Go, run_hsd: RunHsd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain: dict[str, Any] = {"peers": {}, "objective": {}, "rollout": {}, "steps": 3}
+    original, sent = Checkpoints._commit, [0]
+
+    def signalled(self: Checkpoints, *args: Any) -> None:
+        if not sent[0]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        sent[0] += 1
+        time.sleep(0.2)  # the main thread goes on, and leaves
+        original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_commit", signalled)
+        status, run = go(**plain)
+    assert status == 143
+    names = {path.name for path in (run / "resume").iterdir()} - {"initial"}
+    assert names and all(name.startswith("step-") for name in names)
+    assert run_hsd("train", "--resume", run) == 0
+    assert_same_run(run, go(name="whole", **plain)[1])
 
 
 def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(

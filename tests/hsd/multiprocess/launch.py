@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 
-def launch(*arguments: object, cache: Path, processes: int = 2) -> subprocess.CompletedProcess[str]:
+def launch(
+    *arguments: object, cache: Path, processes: int = 2, timeout: int = 240
+) -> subprocess.CompletedProcess[str]:
     """By torchrun, without a network and without a C++ compiler."""
     environment = {
         "HSD_CACHE": str(cache),
@@ -22,5 +24,5 @@ def launch(*arguments: object, cache: Path, processes: int = 2) -> subprocess.Co
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=timeout,
     )

@@ -18,13 +18,6 @@ from hsd.policy.packing import TrainingRow
 from hsd.policy.teachers import Policy, after_update
 from hsd.rollout.weight_sync import full_state
 
-EPS = 1e-6
-"""AdamW's, of gradients whose numbers are 3e-4 in the root mean square once they are clipped.
-
-Sums in another order differ by about 3e-11. AdamW divides by the gradient's size, down to eps: at
-1e-8 a difference can become 3e-3 of a number's whole step, and 2e-5 of the norm of them all. A
-factor in the gradient shows no less: eps is what AdamW sees it by.
-"""
 OnStep = Callable[[int, str, Tensor], None]
 
 
@@ -60,7 +53,7 @@ def run_steps(
     if case.optimizer == "adamw":
         on_host = case.sharding.offload == "optimizer"
         optimizer = adamw(parameters, 1.0, on_host=on_host)
-        optimizer.param_groups[0]["eps"] = EPS
+        optimizer.param_groups[0]["eps"] = case.eps
     rate = 1.0 if case.optimizer == "sgd" else 1e-3
     mine = case.shares[world.rank] if world.size > 1 else sum(case.shares, ())
     for number, groups in enumerate(steps):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hsd.metrics import read_json_lines
 from hsd.objective.step import accumulate_gradients
 from hsd.policy.packing import TrainingRow
 from hsd.policy.teachers import Policy
+from hsd.run.lock import FolderLock
 
 pytestmark = pytest.mark.slow
 
@@ -180,3 +182,22 @@ def test_a_folder_in_use_ends_both_ranks(tmp_path: Path, make_recipe: Callable[.
     assert done.returncode != 0
     assert "hsd: error: run_dir: found" in done.stderr
     assert [path.name for path in run.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_that_another_job_trains_in_ends_both_ranks(
+    tmp_path: Path, make_recipe: Callable[..., Path], run_hsd: Callable[..., int]
+) -> None:
+    run = tmp_path / "run"
+    recipe = make_recipe(tmp_path / "recipe", {"warmup": {"steps": 0}, "checkpoint_every": 1})
+    # What a run that was killed after its checkpoint leaves.
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("hsd.run.folder.RunFolder.finish", lambda _: None)
+        assert run_hsd("train", recipe, "--run-dir", run) == 0
+    with FolderLock(run) as lock:
+        lock.take()
+        before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+        done = launch("-m", "hsd.train", "--resume", run, cache=tmp_path / "c")
+        assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert done.returncode != 0
+    assert done.stderr.count(f"run_dir: found {run} in use by process {os.getpid()} on") == 1
+    assert "Traceback" not in done.stderr.partition("failed (exitcode")[0]

@@ -19,7 +19,7 @@ from hsd.distributed.process import World
 from hsd.metrics import read_json_lines
 from hsd.trainer import whole_policy
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 Found = dict[str, Tensor]
 BOUND = 1e-5
@@ -39,7 +39,7 @@ def sharded(folder: Path) -> dict[tuple[int, str], list[Found]]:
     found = {}
     for ranks, cases in ALL.items():
         script = Path(__file__).with_name("sharding_rank.py")
-        done = launch(script, folder, cache=folder, processes=ranks)
+        done = launch(script, folder, cache=folder, processes=ranks, timeout=600)
         assert done.returncode == 0, done.stderr
         for name in cases:
             files = [folder / f"{name}-{rank}.safetensors" for rank in range(ranks)]
