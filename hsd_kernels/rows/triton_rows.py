@@ -25,7 +25,7 @@ from hsd_kernels.statistics import Coefficients
 
 TILE = 2048  # columns; 16 of each side a thread, so that several programs fit a multiprocessor
 _WARPS = 4
-MERGED = 1024  # tiles times rows that one program merges
+MERGED = 512  # tiles times rows that one program merges; with 1024 it would spill registers
 _ROW_BLOCK = 128  # rows of one sum of column masses
 _ERROR_ROWS, _ERROR_WIDTH = 32, 1024  # and columns, of one sum of column errors
 _NO_BIASES = Biases()
