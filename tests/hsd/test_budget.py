@@ -18,8 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from hsd import train
-from hsd.config import Config
-from hsd.distributed.budget import command, simulate
+from hsd.config import Config, ModelConfig
+from hsd.distributed.budget import command, estimate, simulate
 from hsd.distributed.budget.architecture import load_architecture
 from hsd.distributed.budget.search import GRANULE, longest_response
 from hsd.distributed.budget.simulate import Scenario
@@ -28,6 +28,7 @@ from hsd.distributed.load import load_sharded
 from hsd.distributed.process import World, leave_world, sharding_mesh
 from hsd.objective.config import ObjectiveConfig
 from hsd.policy.optimizer import adamw
+from hsd.rollout.config import EngineConfig
 from hsd.trainer import sharded_policy, whole_policy
 from hsd_kernels import workspace
 from hsd_kernels.rows import torch_logits
@@ -167,6 +168,29 @@ def test_each_rank_has_its_share() -> None:
     gathered = sum(phase.traffic["allgather"] for phase in found.phases)
     layers = 4 * given.parameters - 2 * head
     assert gathered > 2 * 4 * layers
+
+
+def test_the_engine_of_the_recipe_is_counted() -> None:
+    """Its weights are divided among its GPUs, and it keeps more on each of several."""
+    whole, part = scenario(world_size=4), replace(scenario(world_size=4), engine_gpus=4)
+    nothing = simulate.Simulation(phases=[], resident={"parameters": 10**9}, host={})
+    alone, shared = (
+        estimate.rollouts(given, nothing, 8 * 10**9, estimate.assumed(given))
+        for given in (whole, part)
+    )
+    assert alone.weights == 2 * whole.parameters == 4 * shared.weights
+    kept = 10**9  # what a rank of a tensor-parallel engine has beside weights and cache
+    assert shared.cache - alone.cache == alone.weights - shared.weights - kept
+
+
+@pytest.mark.parametrize(("flag", "expected"), [(None, 2), (1, 1)])
+def test_the_engine_s_gpus_are_those_of_the_recipe(flag: int | None, expected: int) -> None:
+    engine = EngineConfig(kind="vllm", shared=True, sleep=True, tensor_parallel=2)
+    config = replace(scenario().config, engine=engine, model=ModelConfig(name="Qwen/Qwen3-8B"))
+    words = command.BudgetArguments(recipe=Path("r.toml"), world_size=4, engine_gpus=flag)
+    assert command.scenario_of(config, words).engine_gpus == expected
+    with pytest.raises(ValueError, match="--engine-gpus: found 2, expected a divisor of --world"):
+        command.scenario_of(config, replace(words, world_size=3, engine_gpus=2))
 
 
 def test_the_naive_loss_holds_n_x_v() -> None:
