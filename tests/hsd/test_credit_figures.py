@@ -44,7 +44,7 @@ class Exact:
     text: str
 
 
-def made_groups() -> list[CreditGroup]:
+def made_groups(tokenizer: PreTrainedTokenizerFast) -> list[CreditGroup]:
     """Peers shared for different numbers of tokens, once for the whole rollout."""
     rng = np.random.default_rng(0)
     letters = "".join([*CLASSES.values(), " "])
@@ -59,7 +59,7 @@ def made_groups() -> list[CreditGroup]:
             texts.append(peer[:shared] + other)
         if number == 0:
             texts[SIZE - 1] = peer[:30]
-        ids = [tuple(text.encode()) for text in texts]
+        ids = [tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
         groups.append(
             CreditGroup(
                 question=Question(id=str(number), prompt=f"Draw {number}.", answer=str(number)),
@@ -125,7 +125,7 @@ def both(
     make_model: Callable[..., transformers.PreTrainedModel], tokenizer: PreTrainedTokenizerFast
 ) -> tuple[dict[str, Any], list[Exact]]:
     """The summary that figures are drawn from, and the dense numbers."""
-    model, groups = make_model(), made_groups()
+    model, groups = make_model(), made_groups(tokenizer)
     credit_model = CreditModel(
         model=model,
         head=output_head(model),
@@ -182,7 +182,8 @@ def within(size: Any, tau: int, width: int) -> float:
 def bar_ends(container: Any) -> tuple[Any, Any]:
     """Values and half widths of an errorbar."""
     line, _, (bars,) = container
-    return line.get_ydata(), [(top - low) / 2 for (_, low), (_, top) in bars.get_segments()]
+    ends = [path.vertices[:, 1] for path in bars.get_paths()]
+    return line.get_ydata(orig=False), [(top - low) / 2 for low, top in ends]
 
 
 def test_the_profile_and_its_bands(
@@ -218,7 +219,7 @@ def test_the_share_within_w(draw: Callable[[str], Axes], failing: list[tuple[int
         np.testing.assert_allclose(np.array(halves) / 100, [h for _, h in expected], **CLOSE)
     ones = [(t, np.ones(len(e.text))) for t, e in failing]
     counts = [sum(within(one, t, w) for t, one in ones) for w in (2, 4, 8, 16, 32, 40)]
-    dotted = axes.lines[-1].get_ydata() / 100
+    dotted = axes.lines[-1].get_ydata(orig=False) / 100
     np.testing.assert_allclose(dotted, np.array(counts[:-1]) / counts[-1], **CLOSE)
 
 
