@@ -17,7 +17,7 @@ import torch
 
 from hsd.credit.command import CreditArguments
 from hsd.distributed.budget.command import BudgetArguments
-from hsd.evaluate import EvalArguments
+from hsd.evaluate_command import EvalArguments
 from hsd.recipe import config_from_dict, parse_arguments, parse_flags
 from hsd.report.command import ReportArguments
 from hsd.run.launch import parse_launch

@@ -16,7 +16,7 @@ from hsd.objective.step import accumulate_gradients
 from hsd.policy.optimizer import adamw, clipped_step
 from hsd.policy.packing import TrainingRow
 from hsd.policy.teachers import Policy, after_update
-from hsd.rollout.weight_sync import full_state
+from hsd.rollout.weight_sync import whole_tensors
 
 OnStep = Callable[[int, str, Tensor], None]
 
@@ -69,7 +69,7 @@ def run_steps(
         clipped_step(optimizer, parameters, learning_rate=rate, max_grad_norm=case.max_grad_norm)
         after_update(policy, case.objective, updates=number + 1)
         on_step(number, "change", flat(policy.model) - before)
-    sent = full_state(policy.model, torch.float32, keep=True)
+    sent = dict(whole_tensors(policy.model, torch.float32, keep_head=False))
     on_step(len(steps), "sent", torch.cat([each.flatten() for each in sent.values()]))
 
 
