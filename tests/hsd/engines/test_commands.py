@@ -74,7 +74,9 @@ def test_credit_samples_with_a_server(
 def test_credit_of_recorded_rollouts_has_no_engine(
     options: dict[str, Any], tmp_path: Path, run_hsd: RunHsd, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_hsd("credit", tmp_path / "rollouts.jsonl", *flags(options)) == 2
+    recorded = tmp_path / "rollouts.jsonl"
+    recorded.touch()
+    assert run_hsd("credit", recorded, *flags(options)) == 2
     assert "--engine.kind: found beside recorded rollouts" in capsys.readouterr().err
 
 
