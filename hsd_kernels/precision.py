@@ -32,6 +32,8 @@ from hsd_kernels.statistics import Coefficients, coefficients
 from hsd_kernels.workspace import new_rows
 
 TOLERANCE = 0.005  # expected relative error of a chunk that needs no refinement
+LIKELY_COLUMNS = 32  # that are refined before an error is known
+_PROBED_ROWS = 64  # that tell which these are
 _PROBES = 128  # columns, and as many targets, that tell where a row's logits lie
 _NOWHERE = 1e30  # a logit whose exp is 0, and whose products with 0 are
 
@@ -71,36 +73,118 @@ def formed(
         head: (V, D) bf16.
         buffers: (at least S C, V) bf16; the gradient takes the place of the student's logits.
     """
-    (reading,) = chunk_passes(problem, group)
-    spec, chunk = reading.spec, _centred_logits(problem, group, rows, head, buffers)
-    x = row_inputs(problem, reading, rows, chunk.logits, chunk.targets)
+    given = _Given(problem, kernels, group, rows, head)
+    if kernels.checked_grad is not None:
+        found = _likely_refined(given, buffers)
+        if found is not None:
+            return found
+    return _refined_as_estimated(given, buffers)
 
-    def evaluated(blocks: list[_Block]) -> tuple[Tensor, dict[str, Tensor], Tensor, Coefficients]:
-        values = _statistics(kernels, spec, blocks, chunk)
-        named = merged_statistics([values])
-        shift = chunk.centres * (x.logit_scale * x.inverse_temperature)
-        named["lse"] = named["lse"] + shift[0]
-        if group.teacher is not None:
-            named["teacher_lse"] = named["teacher_lse"] + (shift[0] - shift[1])
-        loss, gradients = token_loss(problem, named, rows, differentiate=True)
-        along = coefficients(gradients, values, jsd_complement=x.jsd_complement)
-        return values, named, loss, along
 
+class _Given(NamedTuple):
+    """What `formed` was given."""
+
+    problem: Problem
+    kernels: RowKernels
+    group: Group
+    rows: Tensor  # (C,) int64
+    head: Tensor  # (V, D) bf16
+
+
+class _Evaluated(NamedTuple):
+    """What the statistics of a chunk come to."""
+
+    values: Tensor  # (len(Row), C)
+    named: dict[str, Tensor]  # statistics by name, (C,)
+    loss: Tensor  # ()
+    along: Coefficients
+
+    def formed(self, gradient: Tensor, mass: Tensor, refined: int) -> Formed:
+        return Formed(
+            loss=self.loss, statistics=self.named, gradient=gradient, mass=mass, refined=refined
+        )
+
+
+def _likely_refined(given: _Given, buffers: Tensor) -> Formed | None:
+    """The chunk with its likeliest columns in fp32; None where that leaves too large an error.
+
+    What rounding does is mostly done to the few columns that are likely in many rows. With these
+    refined beforehand a chunk is read once for its statistics and once for its gradient, which
+    brings its error along.
+    """
+    spec, chunk, x = _read(given, buffers)
+    columns = _likely_columns(x)
+    blocks = _refined(given.problem, chunk, x, given.head, columns) if len(columns) else [_Block(x, None)]
+    found = _evaluated(given, spec, blocks, chunk)
+    mass, errors = torch.zeros_like(found.loss).expand(len(given.rows)), torch.zeros(3).double()
+    for block in blocks:
+        own_mass, own_errors = given.kernels.checked_grad(spec, block.x, found.values, found.along)
+        mass, errors = mass + own_mass, errors + own_errors.sum(-1, dtype=torch.float64)
+    if bool(_squared_error(errors, len(given.rows)) > TOLERANCE**2):
+        return None
+    return found.formed(_whole(blocks), mass, len(columns))
+
+
+def _likely_columns(x: RowInputs) -> Tensor:
+    """The columns that are likely in many rows, and whose difference is not small, (K,) int64."""
+    count = min(LIKELY_COLUMNS, math.ceil(LARGEST_SHARE * x.student.shape[1]))
+    every = max(1, len(x.student) // _PROBED_ROWS)
+    factor = (x.inverse_temperature[::every] * x.logit_scale)[:, None]
+    share = torch.softmax(x.student[::every] * factor, dim=-1)
+    weighed = torch.zeros_like(share)
+    for other in (x.teacher, x.reference):
+        if other is not None:
+            weighed += (share * other[::every]).square()
+    columns: Tensor = weighed.sum(0).topk(count).indices.sort().values
+    return columns
+
+
+def _refined_as_estimated(given: _Given, buffers: Tensor) -> Formed | None:
+    """The chunk with the columns in fp32 that its error, column by column, asks for."""
+    spec, chunk, x = _read(given, buffers)
     blocks = [_Block(x, None)]
-    values, named, loss, along = evaluated(blocks)
-    columns = _columns_to_refine(kernels.errors(spec, x, values, along), rows=len(rows))
+    found = _evaluated(given, spec, blocks, chunk)
+    errors = given.kernels.errors(spec, x, found.values, found.along)
+    columns = _columns_to_refine(errors, rows=len(given.rows))
     if columns is None:
         return None
     if len(columns):
-        blocks = _refined(problem, chunk, x, head, columns)
-        values, named, loss, along = evaluated(blocks)
-    mass = torch.zeros_like(loss).expand(len(rows))
+        blocks = _refined(given.problem, chunk, x, given.head, columns)
+        found = _evaluated(given, spec, blocks, chunk)
+    mass = torch.zeros_like(found.loss).expand(len(given.rows))
     for block in blocks:
-        mass = mass + kernels.grad(spec, block.x, values, along, block.x.student)
-    gradient = x.student
+        mass = mass + given.kernels.grad(
+            spec, block.x, found.values, found.along, block.x.student
+        )
+    return found.formed(_whole(blocks), mass, len(columns))
+
+
+def _whole(blocks: list[_Block]) -> Tensor:
+    """(C, V) gradient, of the blocks' in their students' place."""
+    gradient = blocks[0].x.student
     for block in blocks[1:]:
-        gradient.index_copy_(1, columns, block.x.student.to(gradient.dtype))
-    return Formed(loss=loss, statistics=named, gradient=gradient, mass=mass, refined=len(columns))
+        gradient.index_copy_(1, block.columns, block.x.student.to(gradient.dtype))
+    return gradient
+
+
+def _read(given: _Given, buffers: Tensor) -> tuple[RowSpec, _Chunk, RowInputs]:
+    (reading,) = chunk_passes(given.problem, given.group)
+    chunk = _centred_logits(given.problem, given.group, given.rows, given.head, buffers)
+    x = row_inputs(given.problem, reading, given.rows, chunk.logits, chunk.targets)
+    return reading.spec, chunk, x
+
+
+def _evaluated(given: _Given, spec: RowSpec, blocks: list[_Block], chunk: _Chunk) -> _Evaluated:
+    x = blocks[0].x
+    values = _statistics(given.kernels, spec, blocks, chunk)
+    named = merged_statistics([values])
+    shift = chunk.centres * (x.logit_scale * x.inverse_temperature)
+    named["lse"] = named["lse"] + shift[0]
+    if given.group.teacher is not None:
+        named["teacher_lse"] = named["teacher_lse"] + (shift[0] - shift[1])
+    loss, gradients = token_loss(given.problem, named, given.rows, differentiate=True)
+    along = coefficients(gradients, values, jsd_complement=x.jsd_complement)
+    return _Evaluated(values, named, loss, along)
 
 
 def _centred_logits(
@@ -174,10 +258,7 @@ def _columns_to_refine(errors: Tensor, *, rows: int) -> Tensor | None:
         errors: (3, V) what `row_errors` returned.
         rows: C, over whose KLs the mean is taken.
     """
-    gradient, size, values = errors.double()
-    size_of_all = size.sum()
-    # Nothing is to be refined for a gradient that is zero.
-    error = torch.where(size_of_all > 0, gradient / size_of_all, 0) + values / rows
+    error = _squared_error(errors.double(), rows)
     largest, order = error.sort(descending=True, stable=True)
     left = largest.flip(0).cumsum(0).flip(0)  # of these columns and all that matter less
     count = int((left > TOLERANCE**2).sum())
@@ -185,6 +266,14 @@ def _columns_to_refine(errors: Tensor, *, rows: int) -> Tensor | None:
         return None
     columns: Tensor = order[:count].sort().values
     return columns
+
+
+def _squared_error(errors: Tensor, rows: int) -> Tensor:
+    """(...) of sums (3, ...) as `row_errors` has them: relative, of the gradient and of the KLs."""
+    gradient, size, values = errors
+    size_of_all = size.sum()
+    # Nothing is to be refined for a gradient that is zero.
+    return torch.where(size_of_all > 0, gradient / size_of_all, 0) + values / rows
 
 
 def _refined(

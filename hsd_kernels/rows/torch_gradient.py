@@ -43,16 +43,20 @@ def span(spec: RowSpec, logits: ChunkLogits, x: RowInputs, rows: Tensor, c: Coef
     return gradient + log_p.exp() * along_p
 
 
+def with_target(gradient: Tensor, x: RowInputs, c: Coefficients) -> Tensor:
+    """A gradient (C, V) with the one-hot's share."""
+    if x.targets is None:
+        return gradient
+    columns = torch.arange(gradient.shape[-1], dtype=torch.int32, device=gradient.device)
+    return gradient + torch.where(columns == x.targets.int()[:, None], c.logprob, 0.0)
+
+
 def _row_grad(
     spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coefficients, out: Tensor | None
 ) -> Tensor:
     logits = chunk_logits(spec, x)
-    z = logits.z
     c = Coefficients(*(value[:, None] for value in coefficients))
-    gradient = span(spec, logits, x, rows, c)
-    if x.targets is not None:
-        columns = torch.arange(z.shape[-1], device=z.device)
-        gradient = gradient + torch.where(columns == x.targets[:, None], c.logprob, 0.0)
+    gradient = with_target(span(spec, logits, x, rows, c), x, c)
     slope = x.inverse_temperature[:, None] * x.logit_scale
     if spec.softcap:
         slope = slope * (1 - torch.tanh(x.student * x.logit_scale / x.softcap).square())
