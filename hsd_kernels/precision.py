@@ -32,8 +32,6 @@ from hsd_kernels.statistics import Coefficients, coefficients
 from hsd_kernels.workspace import new_rows
 
 TOLERANCE = 0.005  # expected relative error of a chunk that needs no refinement
-LIKELY_COLUMNS = 32  # that are refined before an error is known
-_PROBED_ROWS = 64  # that tell which these are
 _PROBES = 128  # columns, and as many targets, that tell where a row's logits lie
 _NOWHERE = 1e30  # a logit whose exp is 0, and whose products with 0 are
 
@@ -113,8 +111,8 @@ def _likely_refined(given: _Given, buffers: Tensor) -> Formed | None:
     brings its error along.
     """
     spec, chunk, x = _read(given, buffers)
-    columns = _likely_columns(x)
-    blocks = _refined(given.problem, chunk, x, given.head, columns) if len(columns) else [_Block(x, None)]
+    columns = _likely_columns(given.kernels.likely(spec, x), x.student.shape[1])
+    blocks = _refined(given.problem, chunk, x, given.head, columns)
     found = _evaluated(given, spec, blocks, chunk)
     mass, errors = torch.zeros_like(found.loss).expand(len(given.rows)), torch.zeros(3).double()
     for block in blocks:
@@ -125,18 +123,18 @@ def _likely_refined(given: _Given, buffers: Tensor) -> Formed | None:
     return found.formed(_whole(blocks), mass, len(columns))
 
 
-def _likely_columns(x: RowInputs) -> Tensor:
-    """The columns that are likely in many rows, and whose difference is not small, (K,) int64."""
-    count = min(LIKELY_COLUMNS, math.ceil(LARGEST_SHARE * x.student.shape[1]))
-    every = max(1, len(x.student) // _PROBED_ROWS)
-    factor = (x.inverse_temperature[::every] * x.logit_scale)[:, None]
-    share = torch.softmax(x.student[::every] * factor, dim=-1)
-    weighed = torch.zeros_like(share)
-    for other in (x.teacher, x.reference):
-        if other is not None:
-            weighed += (share * other[::every]).square()
-    columns: Tensor = weighed.sum(0).topk(count).indices.sort().values
-    return columns
+def _likely_columns(likely: Tensor, columns: int) -> Tensor:
+    """Those that are likely in any row, or in most rows where they are too many, (K,) int64.
+
+    Args:
+        likely: (C, n) int64 the likeliest of each row.
+        columns: V.
+    """
+    found, rows = likely.unique(return_counts=True)
+    most = math.ceil(LARGEST_SHARE * columns)
+    if len(found) > most:
+        found = found[rows.topk(most).indices].sort().values
+    return found
 
 
 def _refined_as_estimated(given: _Given, buffers: Tensor) -> Formed | None:

@@ -69,6 +69,7 @@ class RowKernels(NamedTuple):
     mixture: Callable[..., Tensor]
     grad: Callable[..., Tensor]
     errors: Callable[..., Tensor]
+    likely: Callable[[RowSpec, RowInputs], Tensor] | None  # (C, n) likeliest columns of each row
     checked_grad: Callable[..., tuple[Tensor, Tensor]] | None  # `grad` in place, and its errors
     column_mass: Callable[[Tensor], Tensor]  # (V,) L1 norms of the columns of a gradient (C, V)
     stats: Callable[[RowSpec, RowInputs], Tensor]  # (len(Row), C) of whole rows

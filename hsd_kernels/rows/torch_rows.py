@@ -38,6 +38,9 @@ from hsd_kernels.statistics import Row
 _PAIRS: Final = (Partial.FORWARD_ANCHOR, Partial.REVERSE_ANCHOR, Partial.REFERENCE_ANCHOR)
 _LOST_DIGITS: Final = 64.0  # of a mean's square to its excess: more would cost the KL its digits
 
+_LANES: Final = 32  # of a row, column by column in turn; each has a likeliest
+_LIKELIEST: Final = 2  # of these, on each side
+
 
 class _Side(NamedTuple):
     """One side's logits and what the first reading of a row tells of them."""
@@ -55,12 +58,39 @@ def _at(values: Tensor, columns: Tensor) -> Tensor:
     return values.gather(-1, columns).squeeze(-1)
 
 
+def _row_likely(spec: RowSpec, x: RowInputs) -> Tensor:
+    logits = chunk_logits(spec, x)
+    found = []
+    for side in (logits.z, logits.u, logits.w):
+        if side is None:
+            continue
+        lanes = _lanes(side.shape[1])
+        # Neighbours in the vocabulary, digits for one, lie in different lanes.
+        parts = side[:, : side.shape[1] // lanes * lanes].unflatten(1, (-1, lanes))
+        maximum = parts.amax(1)
+        rows = torch.arange(parts.shape[1], dtype=torch.int32, device=side.device)
+        place = torch.where(parts == maximum[:, None], rows[:, None], parts.shape[1] - 1).amin(1)
+        found += [maximum, place.to(maximum.dtype)]
+    return torch.stack(found)
+
+
+def _lanes(columns: int) -> int:
+    return min(_LANES, columns)
+
+
+def _lowest(found: Tensor) -> Tensor:
+    """The lowest column (...,) int32 of those found (..., V), else the last.
+
+    `argmax` compiles to six times the instructions.
+    """
+    last = found.shape[-1] - 1
+    columns = torch.arange(last + 1, dtype=torch.int32, device=found.device)
+    return torch.where(found, columns, last).amin(-1)
+
+
 def _side(logits: Tensor) -> _Side:
     maximum = logits.amax(-1)
-    # The lowest column that has it: `argmax` compiles to six times the instructions.
-    last = logits.shape[-1] - 1
-    columns = torch.arange(last + 1, dtype=torch.int32, device=logits.device)
-    top = torch.where(logits == maximum[:, None], columns, last).amin(-1, keepdim=True).long()
+    top = _lowest(logits == maximum[:, None])[:, None].long()
     shifted = logits - maximum[:, None]
     # torch.compile would store an `exp` with many uses, (C, V), but not an `exp2`.
     weight = torch.exp2(shifted * math.log2(math.e))
@@ -134,6 +164,7 @@ def row_kernels(*, fused: bool) -> RowKernels:
         mixture=functools.partial(row_mixture, fused=fused),
         grad=functools.partial(row_grad, fused=fused),
         errors=functools.partial(row_errors, fused=fused),
+        likely=functools.partial(row_likely, fused=fused),
         checked_grad=functools.partial(row_checked_grad, fused=fused),
         column_mass=column_mass,
         stats=functools.partial(row_stats, fused=fused),
@@ -168,6 +199,18 @@ def _ill_conditioned(spec: RowSpec, part: Tensor) -> Tensor:
         mean, excess = part[pair.anchor + 1], part[pair.anchor + 2]
         chosen |= (mean.square() > _LOST_DIGITS * excess) | (mean.abs() > 1)
     return chosen.nonzero().squeeze(-1)
+
+
+def row_likely(spec: RowSpec, x: RowInputs, *, fused: bool) -> Tensor:
+    """(C, n) int64: the likeliest columns of each side."""
+    if fused:
+        found = compiled(_row_likely, spec)(x)
+    else:
+        found = torch.cat([_row_likely(spec, part) for _, part in row_blocks(x)], dim=1)
+    maximum, place = found[::2], found[1::2]  # (sides, C, lanes)
+    lanes = maximum.topk(min(_LIKELIEST, maximum.shape[-1])).indices
+    columns = place.gather(-1, lanes).long() * maximum.shape[-1] + lanes
+    return torch.cat(list(columns), dim=-1)
 
 
 def row_mixture(spec: RowSpec, x: RowInputs, rows: Tensor, *, fused: bool) -> Tensor:
