@@ -42,8 +42,7 @@ def kernels_of(problem: Problem, *, fused: bool) -> RowKernels:
         mixture=triton_rows.row_mixture,
         grad=triton_rows.row_grad,
         errors=triton_rows.row_errors,
-        likely=None,
-        checked_grad=None,
+        checked=None,
         column_mass=triton_rows.column_mass,
         stats=_merged_statistics,
     )

@@ -6,10 +6,13 @@ depends on a and b, but what rounding does to the numbers: it is relative to the
 logits of the tokens that carry mass, and b near their differences, it is smallest where it counts.
 `addmm` starts its fp32 sums at -a, so that nothing is rounded before.
 
-What is left is estimated, of the gradient and of the KLs (`row_errors`). Where it exceeds
-`TOLERANCE`, the columns with the largest share are computed again in fp32, their parts of the
-statistics merged with those of the rest, and their columns of the gradient formed from the fp32
-values. A chunk that needs more than `LARGEST_SHARE` of its columns is computed with fp32 logits.
+What is left is mostly the error of columns that are likely in some row. Where the backend has the
+kernels for it, these are refined beforehand, and the error of the rest comes with its gradient.
+Elsewhere, and where that does not do, the error of the gradient and of the KLs is estimated column
+by column (`row_errors`), and where it exceeds `TOLERANCE`, the columns with the largest share are
+refined: computed again in fp32, their parts of the statistics merged with those of the rest, and
+their columns of the gradient formed from the fp32 values. A chunk that needs more than
+`LARGEST_SHARE` of its columns is computed with fp32 logits.
 """
 
 from __future__ import annotations
@@ -25,13 +28,14 @@ from hsd_kernels.differentiation import token_loss
 from hsd_kernels.passes import Formed, Group, chunk_passes, merged_statistics, row_inputs
 from hsd_kernels.plan import LARGEST_SHARE
 from hsd_kernels.problem import Problem
-from hsd_kernels.rows import RowInputs, RowKernels, RowSpec
+from hsd_kernels.rows import CheckedKernels, RowInputs, RowKernels, RowSpec
 from hsd_kernels.rows.mixture import finish_mixture
 from hsd_kernels.rows.partials import Partial, finish, merge
 from hsd_kernels.statistics import Coefficients, coefficients
 from hsd_kernels.workspace import new_rows
 
 TOLERANCE = 0.005  # expected relative error of a chunk that needs no refinement
+LIKELY_SHARE = 1 / 64  # of the columns, that may be refined before an error is known
 _PROBES = 128  # columns, and as many targets, that tell where a row's logits lie
 _NOWHERE = 1e30  # a logit whose exp is 0, and whose products with 0 are
 
@@ -72,8 +76,8 @@ def formed(
         buffers: (at least S C, V) bf16; the gradient takes the place of the student's logits.
     """
     given = _Given(problem, kernels, group, rows, head)
-    if kernels.checked_grad is not None:
-        found = _likely_refined(given, buffers)
+    if kernels.checked is not None:
+        found = _likely_refined(given, kernels.checked, buffers)
         if found is not None:
             return found
     return _refined_as_estimated(given, buffers)
@@ -103,7 +107,7 @@ class _Evaluated(NamedTuple):
         )
 
 
-def _likely_refined(given: _Given, buffers: Tensor) -> Formed | None:
+def _likely_refined(given: _Given, kernels: CheckedKernels, buffers: Tensor) -> Formed | None:
     """The chunk with its likeliest columns in fp32; None where that leaves too large an error.
 
     What rounding does is mostly done to the few columns that are likely in many rows. With these
@@ -111,12 +115,15 @@ def _likely_refined(given: _Given, buffers: Tensor) -> Formed | None:
     brings its error along.
     """
     spec, chunk, x = _read(given, buffers)
-    columns = _likely_columns(given.kernels.likely(spec, x), x.student.shape[1])
-    blocks = _refined(given.problem, chunk, x, given.head, columns)
+    columns = _likely_columns(kernels.likely(spec, x), x.student.shape[1])
+    blocks = [_Block(x, None)]
+    if len(columns):
+        blocks = _refined(given.problem, chunk, x, given.head, columns)
     found = _evaluated(given, spec, blocks, chunk)
-    mass, errors = torch.zeros_like(found.loss).expand(len(given.rows)), torch.zeros(3).double()
+    mass = torch.zeros_like(found.loss).expand(len(given.rows))
+    errors = torch.zeros(3, dtype=torch.float64)
     for block in blocks:
-        own_mass, own_errors = given.kernels.checked_grad(spec, block.x, found.values, found.along)
+        own_mass, own_errors = kernels.checked_grad(spec, block.x, found.values, found.along)
         mass, errors = mass + own_mass, errors + own_errors.sum(-1, dtype=torch.float64)
     if bool(_squared_error(errors, len(given.rows)) > TOLERANCE**2):
         return None
@@ -131,7 +138,7 @@ def _likely_columns(likely: Tensor, columns: int) -> Tensor:
         columns: V.
     """
     found, rows = likely.unique(return_counts=True)
-    most = math.ceil(LARGEST_SHARE * columns)
+    most = math.ceil(LIKELY_SHARE * columns)
     if len(found) > most:
         found = found[rows.topk(most).indices].sort().values
     return found
@@ -151,17 +158,16 @@ def _refined_as_estimated(given: _Given, buffers: Tensor) -> Formed | None:
         found = _evaluated(given, spec, blocks, chunk)
     mass = torch.zeros_like(found.loss).expand(len(given.rows))
     for block in blocks:
-        mass = mass + given.kernels.grad(
-            spec, block.x, found.values, found.along, block.x.student
-        )
+        mass = mass + given.kernels.grad(spec, block.x, found.values, found.along, block.x.student)
     return found.formed(_whole(blocks), mass, len(columns))
 
 
 def _whole(blocks: list[_Block]) -> Tensor:
     """(C, V) gradient, of the blocks' in their students' place."""
     gradient = blocks[0].x.student
-    for block in blocks[1:]:
-        gradient.index_copy_(1, block.columns, block.x.student.to(gradient.dtype))
+    for block in blocks:
+        if block.columns is not None:
+            gradient.index_copy_(1, block.columns, block.x.student.to(gradient.dtype))
     return gradient
 
 

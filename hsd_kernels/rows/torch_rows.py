@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from hsd_kernels.rows import RowInputs, RowKernels, RowSpec
+from hsd_kernels.rows import CheckedKernels, RowInputs, RowKernels, RowSpec
 from hsd_kernels.rows.compiled import fused as compiled
 from hsd_kernels.rows.mixture import (
     EXPONENT_LIMIT,
@@ -125,9 +125,7 @@ def _row_partials(spec: RowSpec, x: RowInputs, means: Tensor) -> Tensor:
         mean = (base.weight * e).sum(-1).double() / base.total
         beyond = torch.where(e.abs() < SERIES_RADIUS, near, far).sum(-1).double() / base.total
         # E[exp(e - mean)] - 1 = exp(-mean) (E[exp(e) - 1 - e] - (exp(mean) - 1 - mean)), in fp64.
-        at_mean = torch.where(
-            mean.abs() < SERIES_RADIUS, remainder(mean), mean.exp() - 1 - mean
-        )
+        at_mean = torch.where(mean.abs() < SERIES_RADIUS, remainder(mean), mean.exp() - 1 - mean)
         lines[first], lines[Partial(first + 1)] = at_top, expected + mean
         lines[Partial(first + 2)] = torch.exp(-mean) * (beyond - at_mean)
 
@@ -164,8 +162,10 @@ def row_kernels(*, fused: bool) -> RowKernels:
         mixture=functools.partial(row_mixture, fused=fused),
         grad=functools.partial(row_grad, fused=fused),
         errors=functools.partial(row_errors, fused=fused),
-        likely=functools.partial(row_likely, fused=fused),
-        checked_grad=functools.partial(row_checked_grad, fused=fused),
+        checked=CheckedKernels(
+            likely=functools.partial(row_likely, fused=fused),
+            checked_grad=functools.partial(row_checked_grad, fused=fused),
+        ),
         column_mass=column_mass,
         stats=functools.partial(row_stats, fused=fused),
     )
