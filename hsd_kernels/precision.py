@@ -137,11 +137,12 @@ def _likely_columns(likely: Tensor, columns: int) -> Tensor:
         likely: (C, n) int64 the likeliest of each row.
         columns: V.
     """
-    found, rows = likely.unique(return_counts=True)
+    found, rows = torch.unique(likely, return_counts=True)
     most = math.ceil(LIKELY_SHARE * columns)
     if len(found) > most:
         found = found[rows.topk(most).indices].sort().values
-    return found
+    chosen: Tensor = found
+    return chosen
 
 
 def _refined_as_estimated(given: _Given, buffers: Tensor) -> Formed | None:
@@ -277,7 +278,8 @@ def _squared_error(errors: Tensor, rows: int) -> Tensor:
     gradient, size, values = errors
     size_of_all = size.sum()
     # Nothing is to be refined for a gradient that is zero.
-    return torch.where(size_of_all > 0, gradient / size_of_all, 0) + values / rows
+    squared: Tensor = torch.where(size_of_all > 0, gradient / size_of_all, 0) + values / rows
+    return squared
 
 
 def _refined(

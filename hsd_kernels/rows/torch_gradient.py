@@ -9,6 +9,7 @@ from hsd_kernels.rows import RowInputs, RowSpec
 from hsd_kernels.rows.compiled import fused as compiled
 from hsd_kernels.rows.mixture import log_mixture_ratio, mass_difference
 from hsd_kernels.rows.torch_logits import (
+    PLAIN_BLOCK_ELEMENTS,
     ChunkLogits,
     chunk_logits,
     row_blocks,
@@ -92,4 +93,8 @@ def row_grad(
 
 def column_mass(gradient: Tensor) -> Tensor:
     """sum |gradient| (C, V) of each column, (V,) fp64."""
-    return gradient.abs().sum(0, dtype=torch.float64)
+    # Of few rows at a time: these sums vectorise, and those in fp64 do not.
+    masses = torch.zeros(gradient.shape[1], dtype=torch.float64, device=gradient.device)
+    for block in torch.split(gradient, max(1, PLAIN_BLOCK_ELEMENTS // max(gradient.shape[1], 1))):
+        masses += block.abs().to(torch.promote_types(block.dtype, torch.float32)).sum(0)
+    return masses

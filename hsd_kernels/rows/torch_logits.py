@@ -11,7 +11,7 @@ from torch import Tensor
 from hsd_kernels.rows import RowInputs, RowSpec, Source, known_difference
 from hsd_kernels.statistics import Row
 
-_PLAIN_BLOCK_ELEMENTS = 1 << 21  # of what plain PyTorch works on at a time
+PLAIN_BLOCK_ELEMENTS = 1 << 21  # of what plain PyTorch works on at a time
 
 
 def _logits(spec: RowSpec, raw: Tensor, x: RowInputs, inverse_temperature: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def teacher_ratio(
 
 def block_size(x: RowInputs) -> int:
     """Rows that keep the temporaries of plain PyTorch small."""
-    return max(1, _PLAIN_BLOCK_ELEMENTS // max(x.student.shape[1], 1))
+    return max(1, PLAIN_BLOCK_ELEMENTS // max(x.student.shape[1], 1))
 
 
 def of_rows(x: RowInputs, rows: slice | Tensor) -> RowInputs:

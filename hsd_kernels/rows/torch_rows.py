@@ -66,7 +66,8 @@ def _row_likely(spec: RowSpec, x: RowInputs) -> Tensor:
             continue
         lanes = _lanes(side.shape[1])
         # Neighbours in the vocabulary, digits for one, lie in different lanes.
-        parts = side[:, : side.shape[1] // lanes * lanes].unflatten(1, (-1, lanes))
+        whole = side[:, : side.shape[1] // lanes * lanes]
+        parts = whole.reshape(len(side), -1, lanes)
         maximum = parts.amax(1)
         rows = torch.arange(parts.shape[1], dtype=torch.int32, device=side.device)
         place = torch.where(parts == maximum[:, None], rows[:, None], parts.shape[1] - 1).amin(1)
