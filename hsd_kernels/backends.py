@@ -87,7 +87,8 @@ def multiply_add(total: Tensor, a: Tensor, b: Tensor, *, product: Tensor | None 
     elif product is not None:
         torch.mm(a, b, out=product)
         # Of few rows at a time: a sum of two dtypes converts one of them as a whole.
-        for own, part in zip(total.split(_ADDED_ROWS), product.split(_ADDED_ROWS), strict=True):
+        blocks = (torch.split(each, _ADDED_ROWS) for each in (total, product))
+        for own, part in zip(*blocks, strict=True):
             own += part
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
