@@ -14,6 +14,8 @@ from hsd_kernels.rows.mixture import finish_mixture
 from hsd_kernels.rows.partials import finish
 from hsd_kernels.rows.torch_rows import row_kernels
 
+_ADDED_ROWS = 512
+
 
 def kernels_of(problem: Problem, *, fused: bool) -> RowKernels:
     """The row kernels of the backend that a problem's settings name.
@@ -42,6 +44,7 @@ def kernels_of(problem: Problem, *, fused: bool) -> RowKernels:
         mixture=triton_rows.row_mixture,
         grad=triton_rows.row_grad,
         errors=triton_rows.row_errors,
+        checked=None,
         column_mass=triton_rows.column_mass,
         stats=_merged_statistics,
     )
@@ -90,7 +93,11 @@ def multiply_add(total: Tensor, a: Tensor, b: Tensor, *, product: Tensor | None 
     elif _wide_output(a.device, a.dtype):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     elif product is not None:
-        total += torch.mm(a, b, out=product)
+        torch.mm(a, b, out=product)
+        # Of few rows at a time: a sum of two dtypes converts one of them as a whole.
+        blocks = (torch.split(each, _ADDED_ROWS) for each in (total, product))
+        for own, part in zip(*blocks, strict=True):
+            own += part
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 

@@ -49,7 +49,7 @@ def arguments_of(problem: Problem) -> dict[str, Any]:
 def _refuse_tangents(arguments: Mapping[str, Any]) -> None:
     for name, value in arguments.items():
         for each in value if isinstance(value, list) else [value]:
-            if isinstance(each, Tensor) and forward_ad.unpack_dual(each).tangent is not None:
+            if isinstance(each, Tensor) and forward_ad.unpack_dual(each).tangent is not None:  # type: ignore[no-untyped-call]
                 raise RuntimeError(
                     f"hsd_kernels: found a forward-mode derivative (torch.func.jvp, jacfwd) of "
                     f"{name}, but only gradients are formed; expected backend='reference' for that"

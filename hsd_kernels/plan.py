@@ -139,8 +139,8 @@ def plan_groups(
     rows = sum(group.rows for group in groups)
     forward = sum(group.rows * group.sides for group in groups)
     backward = rows * (int(student_gradient) + int(weight_gradient))
-    # Logits: written by the GEMM, which reads its centres; read for statistics, their error, and
-    # the gradient. The mixture is one of two sides.
+    # Logits: written by the GEMM, which reads its centres; read for statistics, for their error (on
+    # a CPU for the likeliest columns), and for the gradient. The mixture is one of two sides.
     logit_passes = 1 + temperatures * (1 + int(gradient)) + 3 * int(difference)
     mixed = sum(group.rows * min(group.sides, 2) for group in groups) if jsd else 0
     gradient_passes = backward + (rows * (1 + int(sparse)) if gradient else 0)

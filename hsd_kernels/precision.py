@@ -6,10 +6,13 @@ depends on a and b, but what rounding does to the numbers: it is relative to the
 logits of the tokens that carry mass, and b near their differences, it is smallest where it counts.
 `addmm` starts its fp32 sums at -a, so that nothing is rounded before.
 
-What is left is estimated, of the gradient and of the KLs (`row_errors`). Where it exceeds
-`TOLERANCE`, the columns with the largest share are computed again in fp32, their parts of the
-statistics merged with those of the rest, and their columns of the gradient formed from the fp32
-values. A chunk that needs more than `LARGEST_SHARE` of its columns is computed with fp32 logits.
+What is left is mostly the error of columns that are likely in some row. Where the backend has the
+kernels for it, these are refined beforehand, and the error of the rest comes with its gradient.
+Elsewhere, and where that does not do, the error of the gradient and of the KLs is estimated column
+by column (`row_errors`), and where it exceeds `TOLERANCE`, the columns with the largest share are
+refined: computed again in fp32, their parts of the statistics merged with those of the rest, and
+their columns of the gradient formed from the fp32 values. A chunk that needs more than
+`LARGEST_SHARE` of its columns is computed with fp32 logits.
 """
 
 from __future__ import annotations
@@ -25,13 +28,14 @@ from hsd_kernels.differentiation import token_loss
 from hsd_kernels.passes import Formed, Group, chunk_passes, merged_statistics, row_inputs
 from hsd_kernels.plan import LARGEST_SHARE
 from hsd_kernels.problem import Problem
-from hsd_kernels.rows import RowInputs, RowKernels, RowSpec
+from hsd_kernels.rows import CheckedKernels, RowInputs, RowKernels, RowSpec
 from hsd_kernels.rows.mixture import finish_mixture
 from hsd_kernels.rows.partials import Partial, finish, merge
 from hsd_kernels.statistics import Coefficients, coefficients
 from hsd_kernels.workspace import new_rows
 
 TOLERANCE = 0.005  # expected relative error of a chunk that needs no refinement
+LIKELY_SHARE = 1 / 64  # of the columns, that may be refined before an error is known
 _PROBES = 128  # columns, and as many targets, that tell where a row's logits lie
 _NOWHERE = 1e30  # a logit whose exp is 0, and whose products with 0 are
 
@@ -71,36 +75,121 @@ def formed(
         head: (V, D) bf16.
         buffers: (at least S C, V) bf16; the gradient takes the place of the student's logits.
     """
-    (reading,) = chunk_passes(problem, group)
-    spec, chunk = reading.spec, _centred_logits(problem, group, rows, head, buffers)
-    x = row_inputs(problem, reading, rows, chunk.logits, chunk.targets)
+    given = _Given(problem, kernels, group, rows, head)
+    if kernels.checked is not None:
+        found = _likely_refined(given, kernels.checked, buffers)
+        if found is not None:
+            return found
+    return _refined_as_estimated(given, buffers)
 
-    def evaluated(blocks: list[_Block]) -> tuple[Tensor, dict[str, Tensor], Tensor, Coefficients]:
-        values = _statistics(kernels, spec, blocks, chunk)
-        named = merged_statistics([values])
-        shift = chunk.centres * (x.logit_scale * x.inverse_temperature)
-        named["lse"] = named["lse"] + shift[0]
-        if group.teacher is not None:
-            named["teacher_lse"] = named["teacher_lse"] + (shift[0] - shift[1])
-        loss, gradients = token_loss(problem, named, rows, differentiate=True)
-        along = coefficients(gradients, values, jsd_complement=x.jsd_complement)
-        return values, named, loss, along
 
+class _Given(NamedTuple):
+    """What `formed` was given."""
+
+    problem: Problem
+    kernels: RowKernels
+    group: Group
+    rows: Tensor  # (C,) int64
+    head: Tensor  # (V, D) bf16
+
+
+class _Evaluated(NamedTuple):
+    """What the statistics of a chunk come to."""
+
+    values: Tensor  # (len(Row), C)
+    named: dict[str, Tensor]  # statistics by name, (C,)
+    loss: Tensor  # ()
+    along: Coefficients
+
+    def formed(self, gradient: Tensor, mass: Tensor, refined: int) -> Formed:
+        return Formed(
+            loss=self.loss, statistics=self.named, gradient=gradient, mass=mass, refined=refined
+        )
+
+
+def _likely_refined(given: _Given, kernels: CheckedKernels, buffers: Tensor) -> Formed | None:
+    """The chunk with its likeliest columns in fp32; None where that leaves too large an error.
+
+    What rounding does is mostly done to the few columns that are likely in many rows. With these
+    refined beforehand a chunk is read once for its statistics and once for its gradient, which
+    brings its error along.
+    """
+    spec, chunk, x = _read(given, buffers)
+    columns = _likely_columns(kernels.likely(spec, x), x.student.shape[1])
     blocks = [_Block(x, None)]
-    values, named, loss, along = evaluated(blocks)
-    columns = _columns_to_refine(kernels.errors(spec, x, values, along), rows=len(rows))
+    if len(columns):
+        blocks = _refined(given.problem, chunk, x, given.head, columns)
+    found = _evaluated(given, spec, blocks, chunk)
+    mass = torch.zeros_like(found.loss).expand(len(given.rows))
+    errors = torch.zeros(3, dtype=torch.float64)
+    for block in blocks:
+        own_mass, own_errors = kernels.checked_grad(spec, block.x, found.values, found.along)
+        mass, errors = mass + own_mass, errors + own_errors.sum(-1, dtype=torch.float64)
+    if bool(_squared_error(errors, len(given.rows)) > TOLERANCE**2):
+        return None
+    return found.formed(_whole(blocks), mass, len(columns))
+
+
+def _likely_columns(likely: Tensor, columns: int) -> Tensor:
+    """Those that are likely in any row, or in most rows where they are too many, (K,) int64.
+
+    Args:
+        likely: (C, n) int64 the likeliest of each row.
+        columns: V.
+    """
+    found, rows = torch.unique(likely, return_counts=True)
+    most = math.ceil(LIKELY_SHARE * columns)
+    if len(found) > most:
+        found = found[rows.topk(most).indices].sort().values
+    chosen: Tensor = found
+    return chosen
+
+
+def _refined_as_estimated(given: _Given, buffers: Tensor) -> Formed | None:
+    """The chunk with the columns in fp32 that its error, column by column, asks for."""
+    spec, chunk, x = _read(given, buffers)
+    blocks = [_Block(x, None)]
+    found = _evaluated(given, spec, blocks, chunk)
+    errors = given.kernels.errors(spec, x, found.values, found.along)
+    columns = _columns_to_refine(errors, rows=len(given.rows))
     if columns is None:
         return None
     if len(columns):
-        blocks = _refined(problem, chunk, x, head, columns)
-        values, named, loss, along = evaluated(blocks)
-    mass = torch.zeros_like(loss).expand(len(rows))
+        blocks = _refined(given.problem, chunk, x, given.head, columns)
+        found = _evaluated(given, spec, blocks, chunk)
+    mass = torch.zeros_like(found.loss).expand(len(given.rows))
     for block in blocks:
-        mass = mass + kernels.grad(spec, block.x, values, along, block.x.student)
-    gradient = x.student
-    for block in blocks[1:]:
-        gradient.index_copy_(1, columns, block.x.student.to(gradient.dtype))
-    return Formed(loss=loss, statistics=named, gradient=gradient, mass=mass, refined=len(columns))
+        mass = mass + given.kernels.grad(spec, block.x, found.values, found.along, block.x.student)
+    return found.formed(_whole(blocks), mass, len(columns))
+
+
+def _whole(blocks: list[_Block]) -> Tensor:
+    """(C, V) gradient, of the blocks' in their students' place."""
+    gradient = blocks[0].x.student
+    for block in blocks:
+        if block.columns is not None:
+            gradient.index_copy_(1, block.columns, block.x.student.to(gradient.dtype))
+    return gradient
+
+
+def _read(given: _Given, buffers: Tensor) -> tuple[RowSpec, _Chunk, RowInputs]:
+    (reading,) = chunk_passes(given.problem, given.group)
+    chunk = _centred_logits(given.problem, given.group, given.rows, given.head, buffers)
+    x = row_inputs(given.problem, reading, given.rows, chunk.logits, chunk.targets)
+    return reading.spec, chunk, x
+
+
+def _evaluated(given: _Given, spec: RowSpec, blocks: list[_Block], chunk: _Chunk) -> _Evaluated:
+    x = blocks[0].x
+    values = _statistics(given.kernels, spec, blocks, chunk)
+    named = merged_statistics([values])
+    shift = chunk.centres * (x.logit_scale * x.inverse_temperature)
+    named["lse"] = named["lse"] + shift[0]
+    if given.group.teacher is not None:
+        named["teacher_lse"] = named["teacher_lse"] + (shift[0] - shift[1])
+    loss, gradients = token_loss(given.problem, named, given.rows, differentiate=True)
+    along = coefficients(gradients, values, jsd_complement=x.jsd_complement)
+    return _Evaluated(values, named, loss, along)
 
 
 def _centred_logits(
@@ -174,10 +263,7 @@ def _columns_to_refine(errors: Tensor, *, rows: int) -> Tensor | None:
         errors: (3, V) what `row_errors` returned.
         rows: C, over whose KLs the mean is taken.
     """
-    gradient, size, values = errors.double()
-    size_of_all = size.sum()
-    # Nothing is to be refined for a gradient that is zero.
-    error = torch.where(size_of_all > 0, gradient / size_of_all, 0) + values / rows
+    error = _squared_error(errors.double(), rows)
     largest, order = error.sort(descending=True, stable=True)
     left = largest.flip(0).cumsum(0).flip(0)  # of these columns and all that matter less
     count = int((left > TOLERANCE**2).sum())
@@ -185,6 +271,15 @@ def _columns_to_refine(errors: Tensor, *, rows: int) -> Tensor | None:
         return None
     columns: Tensor = order[:count].sort().values
     return columns
+
+
+def _squared_error(errors: Tensor, rows: int) -> Tensor:
+    """(...) of sums (3, ...) as `row_errors` has them: relative, of the gradient and of the KLs."""
+    gradient, size, values = errors
+    size_of_all = size.sum()
+    # Nothing is to be refined for a gradient that is zero.
+    squared: Tensor = torch.where(size_of_all > 0, gradient / size_of_all, 0) + values / rows
+    return squared
 
 
 def _refined(

@@ -62,6 +62,17 @@ def known_difference(spec: RowSpec, source: Source, *, of_teacher: bool) -> bool
     return source == "difference" and not spec.softcap and (spec.same_temperature or not of_teacher)
 
 
+class CheckedKernels(NamedTuple):
+    """What a chunk of bf16 logits takes that is refined before its error is known.
+
+    `checked_grad(spec, x, rows, c)` is `row_grad` in place of the student, and returns beside its
+    masses (C,) the sums of `row_errors` over columns instead of rows, (3, C).
+    """
+
+    likely: Callable[[RowSpec, RowInputs], Tensor]  # (C, n) int64 the likeliest columns of each row
+    checked_grad: Callable[..., tuple[Tensor, Tensor]]
+
+
 class RowKernels(NamedTuple):
     """A backend's kernels, by the signatures of the module docstring."""
 
@@ -69,5 +80,6 @@ class RowKernels(NamedTuple):
     mixture: Callable[..., Tensor]
     grad: Callable[..., Tensor]
     errors: Callable[..., Tensor]
+    checked: CheckedKernels | None
     column_mass: Callable[[Tensor], Tensor]  # (V,) L1 norms of the columns of a gradient (C, V)
     stats: Callable[[RowSpec, RowInputs], Tensor]  # (len(Row), C) of whole rows

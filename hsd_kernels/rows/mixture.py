@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -11,17 +13,31 @@ from hsd_kernels.rows import RowInputs, RowSpec, known_difference
 from hsd_kernels.statistics import Row
 
 EXPONENT_LIMIT = 60.0  # exp of it is finite in fp32, times any number of columns
+SERIES_RADIUS: Final = 0.5
+
+
+def remainder(x: Tensor) -> Tensor:
+    """exp(x) - 1 - x to a few ulp for |x| < SERIES_RADIUS, by its series."""
+    degree = 14 if x.dtype == torch.float64 else 7
+    series = torch.full_like(x, 1 / math.factorial(degree + 2))
+    for power in range(degree + 1, 1, -1):
+        series = series * x + 1 / math.factorial(power)
+    return x * x * series
 
 
 def expm1(x: Tensor) -> Tensor:
     """exp(x) - 1 to a few ulp: torch.compile turns torch.expm1 into just that subtraction."""
-    return torch.tanh(x / 2) * (x.exp() + 1)
+    return torch.where(x.abs() < SERIES_RADIUS, x + remainder(x), x.exp() - 1)
 
 
 def mass_difference(log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-    """p - q from log p - log q, without cancellation and without overflow."""
-    larger = torch.maximum(log_p, log_q).exp()
-    return torch.copysign(larger * -expm1(-log_ratio.abs()), log_ratio)
+    """p - q from log p - log q, without cancellation and without overflow.
+
+    Its exponentials are those of p and q, which readers of a row have at hand.
+    """
+    p, q = log_p.exp(), log_q.exp()
+    near = q * (log_ratio + remainder(log_ratio))
+    return torch.where(log_ratio.abs() < SERIES_RADIUS, near, p - q)
 
 
 def log_mixture_ratio(log_ratio: Tensor, x: RowInputs) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,6 @@ e] = lse_y - y_k - log sum exp(x - x_k), which cancels nothing.
 
 from __future__ import annotations
 
-import math
 from enum import IntEnum
 from typing import Final, NamedTuple
 
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 
 from hsd_kernels.rows import RowInputs, RowSpec, known_difference
-from hsd_kernels.rows.mixture import EXPONENT_LIMIT, mixture_anchor
+from hsd_kernels.rows.mixture import EXPONENT_LIMIT, SERIES_RADIUS, mixture_anchor, remainder
 from hsd_kernels.statistics import Row
 
 
@@ -62,7 +61,7 @@ class Partial(IntEnum):
     REFERENCE_EXCESS = 20
 
 
-class _Pair(NamedTuple):
+class Pair(NamedTuple):
     """Lines of a pair of distributions: the base's and the other's, and their sums."""
 
     base: Partial  # its maximum; the sum follows it
@@ -70,20 +69,11 @@ class _Pair(NamedTuple):
     anchor: Partial  # the mean and the excess follow it
 
 
-_FORWARD: Final = _Pair(Partial.TEACHER_MAX, Partial.MAX, Partial.FORWARD_ANCHOR)
-_REVERSE: Final = _Pair(Partial.MAX, Partial.TEACHER_MAX, Partial.REVERSE_ANCHOR)
-_REFERENCE: Final = _Pair(Partial.MAX, Partial.REFERENCE_MAX, Partial.REFERENCE_ANCHOR)
+_FORWARD: Final = Pair(Partial.TEACHER_MAX, Partial.MAX, Partial.FORWARD_ANCHOR)
+_REVERSE: Final = Pair(Partial.MAX, Partial.TEACHER_MAX, Partial.REVERSE_ANCHOR)
+_REFERENCE: Final = Pair(Partial.MAX, Partial.REFERENCE_MAX, Partial.REFERENCE_ANCHOR)
 
-SERIES_RADIUS: Final = 0.5
 LARGEST_ANCHORED: Final = 20.0  # nats of KL: above, the excess may overflow
-
-
-def exp_again(x: Tensor) -> Tensor:
-    """exp(x) for another reading of a row that has taken it once.
-
-    torch.compile would take the two for one, and store it as large as the logits in between.
-    """
-    return torch.exp2(x * math.log2(math.e))
 
 
 def excess(shift: Tensor, e: Tensor) -> Tensor:
@@ -92,14 +82,9 @@ def excess(shift: Tensor, e: Tensor) -> Tensor:
     Correct to a few ulp of the dtype for |e| up to the series' radius, and to rounding of
     exp(shift) (1 + |e|) beyond; 0 at shift -inf.
     """
-    terms = 15 if e.dtype == torch.float64 else 8
-    series = torch.zeros_like(e)
-    for divisor in range(terms + 2, 2, -1):
-        series = (series + 1) * (e * (1 / divisor))
-    weight = exp_again(shift)
-    near = weight * (e * e * (0.5 * (series + 1)))
+    weight = shift.exp()
     far = (shift + e).clamp(max=EXPONENT_LIMIT).exp() - weight * (1 + e)
-    return torch.where(e.abs() < SERIES_RADIUS, near, far)
+    return torch.where(e.abs() < SERIES_RADIUS, weight * remainder(e), far)
 
 
 def empty_part(like: Tensor) -> Tensor:
@@ -134,7 +119,7 @@ def merge(spec: RowSpec, parts: Tensor) -> Tensor:
             whole[mean + 1] = share.of_top(parts[:, mean + 1])
     for target in (Partial.TARGET, Partial.TEACHER_TARGET):
         whole[target] = parts[:, target].amax(0)
-    for pair, known in _pairs(spec):
+    for pair, known in pairs(spec):
         _merge_pair(parts, whole, pair, known, shares[pair.base])
     return whole
 
@@ -166,22 +151,22 @@ def _merge_side(parts: Tensor, whole: Tensor, side: Partial) -> _Share:
     return _Share(shift, log_weight, maximum.argmax(0, keepdim=True))
 
 
-def _pairs(spec: RowSpec) -> list[tuple[_Pair, bool]]:
+def pairs(spec: RowSpec) -> list[tuple[Pair, bool]]:
     """The pairs of a specification, and whether their anchor is that of a known difference."""
-    pairs = []
+    found = []
     if spec.teacher != "absent":
         known = known_difference(spec, spec.teacher, of_teacher=True)
         if spec.forward_kl or spec.jsd:
-            pairs.append((_FORWARD, known))
+            found.append((_FORWARD, known))
         if spec.reverse_kl or spec.jsd:
-            pairs.append((_REVERSE, known))
+            found.append((_REVERSE, known))
     if spec.reference != "absent":
         known = known_difference(spec, spec.reference, of_teacher=False)
-        pairs.append((_REFERENCE, known))
-    return pairs
+        found.append((_REFERENCE, known))
+    return found
 
 
-def _merge_pair(parts: Tensor, whole: Tensor, pair: _Pair, known: bool, share: _Share) -> None:
+def _merge_pair(parts: Tensor, whole: Tensor, pair: Pair, known: bool, share: _Share) -> None:
     """Moves each part's mean and excess from its own most likely token to the whole row's."""
     anchor, own_mean, own_excess = (parts[:, pair.anchor + i] for i in range(3))  # (S, C)
     whole[pair.anchor] = share.of_top(anchor)
@@ -200,7 +185,7 @@ def _merge_pair(parts: Tensor, whole: Tensor, pair: _Pair, known: bool, share: _
     whole[pair.anchor + 2] = torch.where(empty, 0.0, chosen).sum(0)
 
 
-def _far_log_ratio(part: Tensor, pair: _Pair, known: bool) -> Tensor:
+def _far_log_ratio(part: Tensor, pair: Pair, known: bool) -> Tensor:
     """log E_x[exp e] as the difference of two logsumexps, of (..., len(Partial), C)."""
     base_max, base_sum = part[..., pair.base, :], part[..., pair.base + 1, :]
     other_max, other_sum = part[..., pair.other, :], part[..., pair.other + 1, :]
@@ -209,7 +194,7 @@ def _far_log_ratio(part: Tensor, pair: _Pair, known: bool) -> Tensor:
     return height + (other_sum.log() - base_sum.log())
 
 
-def _pair_statistics(part: Tensor, pair: _Pair, known: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _pair_statistics(part: Tensor, pair: Pair, known: bool) -> tuple[Tensor, Tensor, Tensor]:
     """KL(x || y), log E_x[exp e] and E_x[e], (C,) each."""
     mean, near = part[pair.anchor + 1], torch.log1p(part[pair.anchor + 2])
     far = _far_log_ratio(part, pair, known) - mean
@@ -240,7 +225,7 @@ def finish(spec: RowSpec, part: Tensor, x: RowInputs) -> Tensor:
         if spec.target:
             shifted = part[Partial.TEACHER_TARGET] - rows[Row.TEACHER_MAX]
             rows[Row.TEACHER_LOGPROB] = shifted - rows[Row.TEACHER_LOG_SUM]
-    for pair, known in _pairs(spec):
+    for pair, known in pairs(spec):
         kl, log_ratio, mean = _pair_statistics(part, pair, known)
         if pair is _FORWARD:
             rows[Row.FORWARD_KL], rows[Row.FORWARD_LOG_RATIO] = kl, log_ratio

@@ -14,13 +14,15 @@ and the like for jsd and the reference. What is small of second order in rho sta
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from hsd_kernels.rows import RowInputs, RowSpec
 from hsd_kernels.rows.compiled import fused as compiled
 from hsd_kernels.rows.mixture import log_mixture_ratio, mass_difference
-from hsd_kernels.rows.torch_gradient import span
+from hsd_kernels.rows.torch_gradient import span, with_target
 from hsd_kernels.rows.torch_logits import (
     ChunkLogits,
     chunk_logits,
@@ -33,16 +35,17 @@ from hsd_kernels.statistics import Coefficients, Row
 SMALLEST_KL = 1e-5  # nats: below, a KL need not be known to a share of itself
 
 
-def _squared_ulp(raw: Tensor, slope: Tensor) -> Tensor:
-    """Squared distance of a stored number to the next, times the slope of the logits by it."""
+def _ulp(raw: Tensor, slope: Tensor) -> Tensor:
+    """Distance of a stored number to the next, times the slope of the logits by it."""
     bits = raw.to(torch.float32).view(torch.int32) & 0x7F80_0000  # its power of two, 0 for 0
-    return (bits.view(torch.float32) * (torch.finfo(raw.dtype).eps * slope)).square()
+    return bits.view(torch.float32) * (torch.finfo(raw.dtype).eps * slope)
 
 
 def _relative(of_z: Tensor, of_d: Tensor, z_ulp: Tensor, d_ulp: Tensor, kl: Tensor) -> Tensor:
     """Squared relative error of a KL (C,) from the factors (C, V) of dz and dd."""
-    squared = of_z.square() * z_ulp + of_d.square() * d_ulp
-    return squared / kl.clamp(min=SMALLEST_KL).square()[:, None]
+    scale = kl.clamp(min=SMALLEST_KL).reciprocal()[:, None]
+    # In this order: a column that is nowhere has an enormous ulp, and its factor is 0.
+    return (of_z * z_ulp * scale).square() + (of_d * d_ulp * scale).square()
 
 
 def _of_teacher(
@@ -66,8 +69,8 @@ def _of_teacher(
     # Through D, a column moves all others: by its share, times the norm of theirs.
     together = (c.forward_kl.abs() + c.jsd.abs()).square() * largest
     own = (c.reverse_kl.abs() + c.jsd.abs()) * p + c.forward_kl.abs() * q
-    gradient = together * p_minus_q.square() * z_ulp
-    gradient = gradient + (own.square() + together * q.square()) * d_ulp
+    gradient = together * ((p_minus_q * z_ulp).square() + (q * d_ulp).square())
+    gradient = gradient + (own * d_ulp).square()
     value = torch.zeros_like(gradient)
     if spec.forward_kl:
         moved = q * (rho + rows[Row.FORWARD_KL][:, None])
@@ -97,31 +100,67 @@ def _reverse_ratio(
     return (rows[Row(kl + 2)] + rows[kl])[:, None] - e
 
 
-def _row_errors(spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coefficients) -> Tensor:
+def squares(
+    spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coefficients
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dL/d(raw logits), the square of its expected error, and of the KLs', (C, V) each.
+
+    For raw logits of the student and differences, without softcap.
+    """
     logits = chunk_logits(spec, x)
     c = Coefficients(*(value[:, None] for value in coefficients))
     slope = x.inverse_temperature[:, None] * x.logit_scale
-    z_ulp = _squared_ulp(x.student, slope)
+    z_ulp = _ulp(x.student, slope)
     log_p = (logits.z - rows[Row.MAX][:, None]) - rows[Row.LOG_SUM][:, None]
     p, gradient = log_p.exp(), span(spec, logits, x, rows, c)
-    error = (gradient.abs() + c.entropy.abs() * p).square() * z_ulp
+    error = ((gradient.abs() + c.entropy.abs() * p) * z_ulp).square()
     value = torch.zeros_like(error)
     if x.teacher is not None:
-        d_ulp = _squared_ulp(x.teacher, slope)
+        d_ulp = _ulp(x.teacher, slope)
         added, value = _of_teacher(spec, logits, x, rows, c, z_ulp, d_ulp)
         error = error + added
     if x.reference is not None:
-        d_ulp = _squared_ulp(x.reference, slope)
+        d_ulp = _ulp(x.reference, slope)
         rho = _reverse_ratio(logits.z, logits.w, logits.z_minus_w, rows, Row.REF_KL)
         p_minus_r = mass_difference(log_p, log_p - rho, rho)
         of_z = p * (rho - rows[Row.REF_KL][:, None]) - p_minus_r
         value = value + _relative(of_z, p_minus_r, z_ulp, d_ulp, rows[Row.REF_KL])
-        error = error + (c.ref_kl * p).square() * d_ulp
-    if x.targets is not None:
-        columns = torch.arange(p.shape[-1], device=p.device)
-        gradient = gradient + torch.where(columns == x.targets[:, None], c.logprob, 0.0)
-    sums = [error * slope.square() / 12, (gradient * slope).square(), value / 12]
-    return torch.stack([each.sum(0) for each in sums])
+        error = error + (c.ref_kl * p * d_ulp).square()
+    gradient = with_target(gradient, x, c) * slope
+    # Uniform over one unit in the last place: its variance is a twelfth of its square.
+    return gradient, error * slope.square() / 12, value / 12
+
+
+def _row_errors(spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coefficients) -> Tensor:
+    gradient, error, value = squares(spec, x, rows, coefficients)
+    return torch.stack([each.sum(0) for each in (error, gradient.square(), value)])
+
+
+def _row_checked_grad(
+    spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coefficients
+) -> Tensor:
+    gradient, error, value = squares(spec, x, rows, coefficients)
+    x.student.copy_(gradient)
+    sums = (gradient.abs(), error, gradient.square(), value)
+    return torch.stack([each.sum(-1) for each in sums])
+
+
+def row_checked_grad(
+    spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coefficients, *, fused: bool
+) -> tuple[Tensor, Tensor]:
+    """`row_grad` in place of `x.student`, and its errors: mass (C,), and (3, C) sums over columns.
+
+    The sums are those of `row_errors`, of rows in place of columns.
+    """
+    if fused:
+        found = compiled(_row_checked_grad, spec)(x, rows, coefficients)
+    else:
+        parts = []
+        for b, part in row_blocks(x):
+            own = Coefficients(*(c[b] for c in coefficients))
+            parts.append(_row_checked_grad(spec, part, rows[:, b], own))
+        found = torch.cat(parts, dim=-1)
+    return found[0], found[1:]
 
 
 def row_errors(
@@ -132,10 +171,9 @@ def row_errors(
     Of dL/d(raw logits), absolute; dL/d(raw logits) itself; of the KLs, relative to each or to
     `SMALLEST_KL`. For raw logits of the student and differences, without softcap.
     """
-    if fused:
-        return compiled(_row_errors, spec)(x, rows, coefficients)
+    # In blocks, compiled too: a sum over rows stores what it sums.
+    kernel = compiled(_row_errors, spec) if fused else functools.partial(_row_errors, spec)
     errors = torch.zeros((3, x.student.shape[1]), dtype=rows.dtype, device=rows.device)
     for b, part in row_blocks(x):
-        own = Coefficients(*(c[b] for c in coefficients))
-        errors += _row_errors(spec, part, rows[:, b], own)
+        errors += kernel(part, rows[:, b], Coefficients(*(c[b] for c in coefficients)))
     return errors

@@ -9,6 +9,7 @@ from hsd_kernels.rows import RowInputs, RowSpec
 from hsd_kernels.rows.compiled import fused as compiled
 from hsd_kernels.rows.mixture import log_mixture_ratio, mass_difference
 from hsd_kernels.rows.torch_logits import (
+    PLAIN_BLOCK_ELEMENTS,
     ChunkLogits,
     chunk_logits,
     row_blocks,
@@ -43,16 +44,20 @@ def span(spec: RowSpec, logits: ChunkLogits, x: RowInputs, rows: Tensor, c: Coef
     return gradient + log_p.exp() * along_p
 
 
+def with_target(gradient: Tensor, x: RowInputs, c: Coefficients) -> Tensor:
+    """A gradient (C, V) with the one-hot's share."""
+    if x.targets is None:
+        return gradient
+    columns = torch.arange(gradient.shape[-1], dtype=torch.int32, device=gradient.device)
+    return gradient + torch.where(columns == x.targets.int()[:, None], c.logprob, 0.0)
+
+
 def _row_grad(
     spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coefficients, out: Tensor | None
 ) -> Tensor:
     logits = chunk_logits(spec, x)
-    z = logits.z
     c = Coefficients(*(value[:, None] for value in coefficients))
-    gradient = span(spec, logits, x, rows, c)
-    if x.targets is not None:
-        columns = torch.arange(z.shape[-1], device=z.device)
-        gradient = gradient + torch.where(columns == x.targets[:, None], c.logprob, 0.0)
+    gradient = with_target(span(spec, logits, x, rows, c), x, c)
     slope = x.inverse_temperature[:, None] * x.logit_scale
     if spec.softcap:
         slope = slope * (1 - torch.tanh(x.student * x.logit_scale / x.softcap).square())
@@ -88,4 +93,8 @@ def row_grad(
 
 def column_mass(gradient: Tensor) -> Tensor:
     """sum |gradient| (C, V) of each column, (V,) fp64."""
-    return gradient.abs().sum(0, dtype=torch.float64)
+    # Of few rows at a time: these sums vectorise, and those in fp64 do not.
+    masses = torch.zeros(gradient.shape[1], dtype=torch.float64, device=gradient.device)
+    for block in torch.split(gradient, max(1, PLAIN_BLOCK_ELEMENTS // max(gradient.shape[1], 1))):
+        masses += block.abs().to(torch.promote_types(block.dtype, torch.float32)).sum(0)
+    return masses

@@ -11,7 +11,7 @@ from torch import Tensor
 from hsd_kernels.rows import RowInputs, RowSpec, Source, known_difference
 from hsd_kernels.statistics import Row
 
-_PLAIN_BLOCK_ELEMENTS = 1 << 21  # of what plain PyTorch works on at a time
+PLAIN_BLOCK_ELEMENTS = 1 << 21  # of what plain PyTorch works on at a time
 
 
 def _logits(spec: RowSpec, raw: Tensor, x: RowInputs, inverse_temperature: Tensor) -> Tensor:
@@ -77,11 +77,20 @@ def teacher_ratio(
     return log_p, log_q, e - log_ratio_sum[:, None]
 
 
+def block_size(x: RowInputs) -> int:
+    """Rows that keep the temporaries of plain PyTorch small."""
+    return max(1, PLAIN_BLOCK_ELEMENTS // max(x.student.shape[1], 1))
+
+
+def of_rows(x: RowInputs, rows: slice | Tensor) -> RowInputs:
+    """Some rows of a chunk, by a slice or their numbers."""
+    parts: list[Any] = [t if t is None or t.dim() == 0 else t[rows] for t in x]
+    return RowInputs(*parts)
+
+
 def row_blocks(x: RowInputs) -> Iterator[tuple[slice, RowInputs]]:
-    """Blocks of rows that keep the temporaries of plain PyTorch small."""
-    rows, columns = x.student.shape
-    size = max(1, _PLAIN_BLOCK_ELEMENTS // max(columns, 1))
+    """A chunk in blocks of `block_size` rows."""
+    rows, size = len(x.student), block_size(x)
     for start in range(0, rows, size):
         block = slice(start, min(start + size, rows))
-        parts: list[Any] = [t if t is None or t.dim() == 0 else t[block] for t in x]
-        yield block, RowInputs(*parts)
+        yield block, of_rows(x, block)

@@ -7,24 +7,50 @@ memory with a temporary of its own; then the rows go through in small blocks.
 from __future__ import annotations
 
 import functools
+import math
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hsd_kernels.rows import RowInputs, RowKernels, RowSpec
+from hsd_kernels.rows import CheckedKernels, RowInputs, RowKernels, RowSpec
 from hsd_kernels.rows.compiled import fused as compiled
-from hsd_kernels.rows.mixture import finish_mixture, mixture_sums
-from hsd_kernels.rows.partials import Partial, excess, exp_again, finish
-from hsd_kernels.rows.torch_errors import row_errors
+from hsd_kernels.rows.mixture import (
+    EXPONENT_LIMIT,
+    SERIES_RADIUS,
+    finish_mixture,
+    mixture_sums,
+    remainder,
+)
+from hsd_kernels.rows.partials import Partial, finish, pairs
+from hsd_kernels.rows.torch_errors import row_checked_grad, row_errors
 from hsd_kernels.rows.torch_gradient import column_mass, row_grad
-from hsd_kernels.rows.torch_logits import chunk_logits, row_blocks, step, teacher_ratio
+from hsd_kernels.rows.torch_logits import (
+    block_size,
+    chunk_logits,
+    of_rows,
+    row_blocks,
+    step,
+    teacher_ratio,
+)
 from hsd_kernels.statistics import Row
 
-_SUM_OF = {  # the base's sum, by a pair's first line
-    Partial.FORWARD_ANCHOR: Partial.TEACHER_SUM,
-    Partial.REVERSE_ANCHOR: Partial.SUM,
-    Partial.REFERENCE_ANCHOR: Partial.SUM,
-}
+_PAIRS: Final = (Partial.FORWARD_ANCHOR, Partial.REVERSE_ANCHOR, Partial.REFERENCE_ANCHOR)
+_LOST_DIGITS: Final = 64.0  # of a mean's square to its excess: more would cost the KL its digits
+
+_LANES: Final = 32  # of a row, column by column in turn; each has a likeliest
+_LIKELIEST: Final = 2  # of these, on each side
+
+
+class _Side(NamedTuple):
+    """One side's logits and what the first reading of a row tells of them."""
+
+    logits: Tensor  # (C, V)
+    maximum: Tensor  # (C,)
+    top: Tensor  # (C, 1) int64
+    shifted: Tensor  # (C, V) logits less maximum
+    weight: Tensor  # (C, V) exp of it
+    total: Tensor  # (C,) sum of it
 
 
 def _at(values: Tensor, columns: Tensor) -> Tensor:
@@ -32,66 +58,102 @@ def _at(values: Tensor, columns: Tensor) -> Tensor:
     return values.gather(-1, columns).squeeze(-1)
 
 
-def _row_partials(spec: RowSpec, x: RowInputs) -> Tensor:
+def _row_likely(spec: RowSpec, x: RowInputs) -> Tensor:
+    logits = chunk_logits(spec, x)
+    found = []
+    for side in (logits.z, logits.u, logits.w):
+        if side is None:
+            continue
+        lanes = _lanes(side.shape[1])
+        # Neighbours in the vocabulary, digits for one, lie in different lanes.
+        whole = side[:, : side.shape[1] // lanes * lanes]
+        parts = whole.reshape(len(side), -1, lanes)
+        maximum = parts.amax(1)
+        rows = torch.arange(parts.shape[1], dtype=torch.int32, device=side.device)
+        place = torch.where(parts == maximum[:, None], rows[:, None], parts.shape[1] - 1).amin(1)
+        found += [maximum, place.to(maximum.dtype)]
+    return torch.stack(found)
+
+
+def _lanes(columns: int) -> int:
+    return min(_LANES, columns)
+
+
+def _lowest(found: Tensor) -> Tensor:
+    """The lowest column (...,) int32 of those found (..., V), else the last.
+
+    `argmax` compiles to six times the instructions.
+    """
+    last = found.shape[-1] - 1
+    columns = torch.arange(last + 1, dtype=torch.int32, device=found.device)
+    return torch.where(found, columns, last).amin(-1)
+
+
+def _side(logits: Tensor) -> _Side:
+    maximum = logits.amax(-1)
+    top = _lowest(logits == maximum[:, None])[:, None].long()
+    shifted = logits - maximum[:, None]
+    # torch.compile would store an `exp` with many uses, (C, V), but not an `exp2`.
+    weight = torch.exp2(shifted * math.log2(math.e))
+    return _Side(logits, maximum, top, shifted, weight, weight.sum(-1))
+
+
+def _row_partials(spec: RowSpec, x: RowInputs, means: Tensor) -> Tensor:
+    """The part of whole rows in two readings of them: the maxima, then all sums.
+
+    The second knows no mean of e yet: the anchors are moved by `means` (len(_PAIRS), C), what one
+    expects of them, and the excess is moved from there to the mean that is found.
+    """
     z, u, z_minus_u, w, z_minus_w = chunk_logits(spec, x)
     lines: dict[Partial, Tensor] = {}
 
-    def side(logits: Tensor, first: Partial, target: Partial) -> tuple[Tensor, Tensor]:
-        maximum, top = logits.amax(-1), logits.argmax(-1, keepdim=True)
-        shifted = logits - maximum[:, None]
-        total = lines[Partial(first + 1)] = shifted.exp().sum(-1)
-        lines[first] = maximum
-        lines[Partial(first + 2)] = (exp_again(shifted) * shifted).sum(-1) / total
-        lines[Partial(first + 3)] = top.squeeze(-1).to(maximum.dtype)
+    def store(side: _Side, first: Partial) -> None:
+        lines[first], lines[Partial(first + 1)] = side.maximum, side.total
+        lines[Partial(first + 2)] = (side.weight * side.shifted).sum(-1) / side.total
+        lines[Partial(first + 3)] = side.top.squeeze(-1).to(side.total.dtype)
         if x.targets is not None:
-            inside = x.targets >= 0
-            own = _at(logits, x.targets.clamp(min=0)[:, None])
-            lines[target] = torch.where(inside, own, -torch.inf)
-        return maximum, top
+            own = _at(side.logits, x.targets.clamp(min=0)[:, None])
+            lines[Partial(first + 4)] = torch.where(x.targets >= 0, own, -torch.inf)
 
-    def pair(
-        base: Tensor,
-        base_max: Tensor,
-        top: Tensor,
-        other: Tensor,
-        difference: Tensor | None,
-        first: Partial,
-    ) -> None:
-        anchor = _at(other if difference is None else difference, top)
-        e = step(base, base_max, other, difference, anchor)
-        shifted = base - base_max[:, None]
-        total = lines[_SUM_OF[first]]
-        mean = (exp_again(shifted) * e).sum(-1) / total
-        lines[first], lines[Partial(first + 1)] = anchor, mean
-        lines[Partial(first + 2)] = excess(shifted, e - mean[:, None]).sum(-1) / total
+    def pair(base: _Side, other: _Side, difference: Tensor | None, first: Partial) -> None:
+        at_top = _at(other.logits if difference is None else difference, base.top)
+        anchor = at_top + (expected := means[_PAIRS.index(first)])
+        e = step(base.logits, base.maximum, other.logits, difference, anchor)
+        height = other.maximum - (anchor if difference is None else base.maximum + anchor)
+        of_other = height.clamp(max=EXPONENT_LIMIT).exp()[:, None] * other.weight  # ~ weight exp(e)
+        far = of_other - base.weight * (1 + e)
+        near = base.weight * remainder(e)
+        mean = (base.weight * e).sum(-1).double() / base.total
+        beyond = torch.where(e.abs() < SERIES_RADIUS, near, far).sum(-1).double() / base.total
+        # E[exp(e - mean)] - 1 = exp(-mean) (E[exp(e) - 1 - e] - (exp(mean) - 1 - mean)), in fp64.
+        at_mean = torch.where(mean.abs() < SERIES_RADIUS, remainder(mean), mean.exp() - 1 - mean)
+        lines[first], lines[Partial(first + 1)] = at_top, expected + mean
+        lines[Partial(first + 2)] = torch.exp(-mean) * (beyond - at_mean)
 
-    z_max, z_top = side(z, Partial.MAX, Partial.TARGET)
+    student = _side(z)
+    store(student, Partial.MAX)
     if u is not None:
-        u_max, u_top = side(u, Partial.TEACHER_MAX, Partial.TEACHER_TARGET)
-        u_minus_z = None if z_minus_u is None else -z_minus_u
+        teacher = _side(u)
+        store(teacher, Partial.TEACHER_MAX)
         if spec.forward_kl or spec.jsd:
-            pair(u, u_max, u_top, z, z_minus_u, Partial.FORWARD_ANCHOR)
+            pair(teacher, student, z_minus_u, Partial.FORWARD_ANCHOR)
         if spec.reverse_kl or spec.jsd:
-            pair(z, z_max, z_top, u, u_minus_z, Partial.REVERSE_ANCHOR)
+            u_minus_z = None if z_minus_u is None else -z_minus_u
+            pair(student, teacher, u_minus_z, Partial.REVERSE_ANCHOR)
     if w is not None:
-        w_max = w.amax(-1)
-        lines[Partial.REFERENCE_MAX] = w_max
-        lines[Partial.REFERENCE_SUM] = (w - w_max[:, None]).exp().sum(-1)
+        reference = _side(w)
+        lines[Partial.REFERENCE_MAX] = reference.maximum
+        lines[Partial.REFERENCE_SUM] = reference.total
         w_minus_z = None if z_minus_w is None else -z_minus_w
-        pair(z, z_max, z_top, w, w_minus_z, Partial.REFERENCE_ANCHOR)
-    absent = torch.full_like(z_max, torch.nan)
-    return torch.stack([lines.get(name, absent) for name in Partial])
+        pair(student, reference, w_minus_z, Partial.REFERENCE_ANCHOR)
+    absent = torch.full_like(student.maximum, torch.nan)
+    return torch.stack([lines.get(name, absent).to(absent.dtype) for name in Partial])
 
 
 def _row_mixture(spec: RowSpec, x: RowInputs, rows: Tensor) -> Tensor:
     logits = chunk_logits(spec, x)
     ratio = teacher_ratio(logits, rows, rows[Row.FORWARD_LOG_RATIO])
     return mixture_sums(*ratio, rows[Row.MIXTURE_ANCHOR], x)
-
-
-def _row_stats(spec: RowSpec, x: RowInputs) -> Tensor:
-    rows = finish(spec, _row_partials(spec, x), x)
-    return finish_mixture(rows, _row_mixture(spec, x, rows)[None], x) if spec.jsd else rows
 
 
 def row_kernels(*, fused: bool) -> RowKernels:
@@ -101,6 +163,10 @@ def row_kernels(*, fused: bool) -> RowKernels:
         mixture=functools.partial(row_mixture, fused=fused),
         grad=functools.partial(row_grad, fused=fused),
         errors=functools.partial(row_errors, fused=fused),
+        checked=CheckedKernels(
+            likely=functools.partial(row_likely, fused=fused),
+            checked_grad=functools.partial(row_checked_grad, fused=fused),
+        ),
         column_mass=column_mass,
         stats=functools.partial(row_stats, fused=fused),
     )
@@ -108,13 +174,44 @@ def row_kernels(*, fused: bool) -> RowKernels:
 
 def row_partials(spec: RowSpec, x: RowInputs, *, first_column: int = 0, fused: bool) -> Tensor:
     """The rows' one part, (1, len(Partial), C); `first_column` is the column of the vocabulary."""
-    if fused:
-        part = compiled(_row_partials, spec)(x)
-    else:
-        part = torch.cat([_row_partials(spec, part) for b, part in row_blocks(x)], dim=-1)
+    part = _moved_partials(spec, x, x.inverse_temperature.new_zeros(3, len(x.student)), fused=fused)
+    if len(again := _ill_conditioned(spec, part)):
+        for rows in torch.split(again, block_size(x)):
+            if len(rows) == 1:
+                rows = rows.repeat(2)  # of which torch.compile would make a case of its own
+            means = part[[anchor + 1 for anchor in _PAIRS]][:, rows].nan_to_num()
+            part[:, rows] = _moved_partials(spec, of_rows(x, rows), means, fused=fused)
     for top in (Partial.TOP, Partial.TEACHER_TOP):
         part[top] += first_column
     return part[None]
+
+
+def _moved_partials(spec: RowSpec, x: RowInputs, means: Tensor, *, fused: bool) -> Tensor:
+    if fused:
+        return compiled(_row_partials, spec)(x, means)
+    parts = [_row_partials(spec, part, means[:, b]) for b, part in row_blocks(x)]
+    return torch.cat(parts, dim=-1)
+
+
+def _ill_conditioned(spec: RowSpec, part: Tensor) -> Tensor:
+    """Rows (n,) int64 with a mean too large beside the excess that was moved by it."""
+    chosen = torch.zeros(part.shape[-1], dtype=torch.bool)
+    for pair, _ in pairs(spec):
+        mean, excess = part[pair.anchor + 1], part[pair.anchor + 2]
+        chosen |= (mean.square() > _LOST_DIGITS * excess) | (mean.abs() > 1)
+    return chosen.nonzero().squeeze(-1)
+
+
+def row_likely(spec: RowSpec, x: RowInputs, *, fused: bool) -> Tensor:
+    """(C, n) int64: the likeliest columns of each side."""
+    if fused:
+        found = compiled(_row_likely, spec)(x)
+    else:
+        found = torch.cat([_row_likely(spec, part) for _, part in row_blocks(x)], dim=1)
+    maximum, place = found[::2], found[1::2]  # (sides, C, lanes)
+    lanes = maximum.topk(min(_LIKELIEST, maximum.shape[-1])).indices
+    columns = place.gather(-1, lanes).long() * maximum.shape[-1] + lanes
+    return torch.cat(list(columns), dim=-1)
 
 
 def row_mixture(spec: RowSpec, x: RowInputs, rows: Tensor, *, fused: bool) -> Tensor:
@@ -129,6 +226,5 @@ def row_mixture(spec: RowSpec, x: RowInputs, rows: Tensor, *, fused: bool) -> Te
 
 def row_stats(spec: RowSpec, x: RowInputs, *, fused: bool) -> Tensor:
     """Statistics of a chunk of whole rows, (len(Row), C): all of the above at once."""
-    if fused:
-        return compiled(_row_stats, spec)(x)
-    return torch.cat([_row_stats(spec, part) for b, part in row_blocks(x)], dim=-1)
+    rows = finish(spec, row_partials(spec, x, fused=fused)[0], x)
+    return finish_mixture(rows, row_mixture(spec, x, rows, fused=fused), x) if spec.jsd else rows

@@ -9,8 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hsd_kernels.rows.mixture import EXPONENT_LIMIT
-from hsd_kernels.rows.partials import SERIES_RADIUS
+from hsd_kernels.rows.mixture import EXPONENT_LIMIT, SERIES_RADIUS
 
 # Two parts of log 2: a multiple by an exponent of the first is exact in fp32.
 _LN2_HIGH = tl.constexpr(0.693145751953125)

@@ -74,7 +74,7 @@ def scenario(*, world_size: int = 1, **sharding: Any) -> Scenario:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain PyTorch's own arrays, which a compiled loss has not, are out of the way."""
-    monkeypatch.setattr(torch_logits, "_PLAIN_BLOCK_ELEMENTS", VOCAB)
+    monkeypatch.setattr(torch_logits, "PLAIN_BLOCK_ELEMENTS", VOCAB)
 
 
 @pytest.fixture

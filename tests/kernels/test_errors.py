@@ -8,7 +8,7 @@ from kernel_problems import Draw, likely_token, relative_error, scale_and_height
 from torch import Tensor
 
 from hsd_kernels.rows import RowInputs, RowSpec
-from hsd_kernels.rows.torch_errors import row_errors
+from hsd_kernels.rows.torch_errors import row_checked_grad, row_errors
 from hsd_kernels.rows.torch_rows import row_grad, row_stats
 from hsd_kernels.statistics import Row, coefficients, named_statistics
 
@@ -97,3 +97,16 @@ def test_exact_logits_have_no_error():
     x = x._replace(student=zero, teacher=zero)
     rows = row_stats(spec, x, fused=False)
     assert row_errors(spec, x, rows, along, fused=False)[[0, 2]].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checked_gradient_is_the_gradient_and_brings_the_same_errors(name):
+    spec, x, _ = chunk(name, 1e-2, 3.0)
+    rows, gradient, errors = solved(spec, x, name)
+    one = torch.ones(ROWS, dtype=rows.dtype)
+    along = coefficients({name: one}, rows, jsd_complement=x.jsd_complement)
+    own = x._replace(student=x.student.clone())
+    mass, sums = row_checked_grad(spec, own, rows, along, fused=False)
+    assert torch.equal(own.student, gradient.to(own.student.dtype))
+    torch.testing.assert_close(mass, gradient.abs().sum(-1))
+    torch.testing.assert_close(sums.sum(-1), errors.sum(-1), rtol=1e-4, atol=0)

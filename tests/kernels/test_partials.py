@@ -10,7 +10,7 @@ from torch import Tensor
 from hsd_kernels.rows import RowInputs, RowSpec
 from hsd_kernels.rows.mixture import finish_mixture
 from hsd_kernels.rows.partials import Partial, excess, finish, merge
-from hsd_kernels.rows.torch_rows import row_mixture, row_partials, row_stats
+from hsd_kernels.rows.torch_rows import row_likely, row_mixture, row_partials, row_stats
 from hsd_kernels.statistics import Row
 
 VOCAB = 37
@@ -141,3 +141,26 @@ def test_excess_keeps_its_digits_at_every_size(dtype):
     expected = shift.double().exp() * torch.where(exact.abs() < 1e-2, series, expected)
     error = (excess(shift, e).double() - expected).abs() / expected
     assert error.max() <= (3e-6 if dtype == torch.float32 else 1e-13)
+
+
+def test_likely_columns_are_each_sides_likeliest():
+    x = inputs("difference", 3.0, 1.0)
+    spec = RowSpec(teacher="difference", reference="difference", **EVERYTHING)
+    found = row_likely(spec, x, fused=False)
+    for side in (x.student, x.student - x.teacher, x.student - x.reference):
+        top = side[:, :32].argmax(-1, keepdim=True)  # the last five lie in no whole lane
+        assert (found == top).any(-1).all()
+
+
+def test_a_mean_far_from_the_most_likely_token_costs_no_digits():
+    """A likely token whose difference lies far from the others', which are close to each other."""
+    x = inputs("difference", 0.1, 1e-4)
+    x.student[:, 3], x.teacher[:, 3] = 1.0, 0.8
+    x.student[:, 4:] -= 1e-3
+    spec = RowSpec(teacher="difference", reference="difference", **EVERYTHING)
+    narrow = RowInputs(*(t.float() if t.is_floating_point() else t for t in x))
+    wide = RowInputs(*(t.double() if t.is_floating_point() else t for t in narrow))
+    exact = row_stats(spec, wide, fused=False)
+    found = row_stats(spec, narrow, fused=False)
+    for name in (Row.FORWARD_KL, Row.REVERSE_KL, Row.FORWARD_LOG_RATIO, Row.REVERSE_MEAN):
+        assert relative_error(found[name], exact[name]) <= 1e-5, name

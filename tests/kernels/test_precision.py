@@ -153,6 +153,7 @@ def test_columns_are_refined_where_rounding_would_show(backend, monkeypatch):
     assert 0 < refined.plan.refined_columns < 100
     assert refined.plan.repeated_chunks == 0
     monkeypatch.setattr(precision, "TOLERANCE", 1.0)
+    monkeypatch.setattr(precision, "LIKELY_SHARE", 0.0)
     rounded = solve(arguments, backend=backend)
     assert rounded.plan.refined_columns == 0
     for name, gradient in exact.gradients.items():

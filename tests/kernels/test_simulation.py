@@ -61,7 +61,7 @@ def measured_peak(given: dict[str, object]) -> int:
 @pytest.mark.parametrize("options", [{}, {"kl_temperature": 1.5}], ids=["", "two temperatures"])
 def test_the_simulated_peak_is_the_measured_one(dtype, options, monkeypatch):
     # What plain PyTorch needs beside the workspace to work on some rows; compiled, it needs none.
-    monkeypatch.setattr(torch_logits, "_PLAIN_BLOCK_ELEMENTS", VOCAB)
+    monkeypatch.setattr(torch_logits, "PLAIN_BLOCK_ELEMENTS", VOCAB)
     given = problem(dtype, **options)
     step(given)  # what is allocated once per process
     # bf16 logits also have probes, of a number of columns that is small beside a real vocabulary.
