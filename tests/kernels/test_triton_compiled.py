@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"]
-KERNELS = {"partials", "mixture", "gradient", "column_mass", "column_error"}
+KERNELS = {"partials", "mixture", "gradient", "column_mass", "column_error", "merge"}
 
 
 @pytest.mark.slow
