@@ -15,10 +15,17 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from hsd.config import Config
 from hsd.credit.command import CreditArguments
 from hsd.distributed.budget.command import BudgetArguments
 from hsd.evaluate_command import EvalArguments
-from hsd.recipe import config_from_dict, parse_arguments, parse_flags
+from hsd.recipe import (
+    config_from_dict,
+    parse_arguments,
+    parse_flags,
+    take_engine_flags,
+    with_engine_flags,
+)
 from hsd.report.command import ReportArguments
 from hsd.run.launch import parse_launch
 
@@ -97,11 +104,17 @@ def test_links_and_named_files_exist(page):
         assert (ROOT / named.rstrip(".")).exists(), named
 
 
+def parse_with_engine(arguments: type, words: list[str], *, prog: str) -> None:
+    flags, others = take_engine_flags(words)
+    parse_flags(arguments, others, prog=prog)
+    with_engine_flags(Config(), flags, prog=prog)
+
+
 PARSERS: dict[str, Callable[[list[str]], object]] = {
     "train": lambda words: parse_launch(words, prog="hsd train"),
     "overlap": lambda words: parse_arguments(words, prog="hsd overlap"),
-    "eval": lambda words: parse_flags(EvalArguments, words, prog="hsd eval"),
-    "credit": lambda words: parse_flags(CreditArguments, words, prog="hsd credit"),
+    "eval": lambda words: parse_with_engine(EvalArguments, words, prog="hsd eval"),
+    "credit": lambda words: parse_with_engine(CreditArguments, words, prog="hsd credit"),
     "report": lambda words: parse_flags(ReportArguments, words, prog="hsd report"),
     "budget": lambda words: parse_flags(BudgetArguments, words, prog="hsd budget"),
 }

@@ -331,7 +331,9 @@ def test_sums_are_those_of_the_dense_loss(
     found.pop("teacher_agrees")
     assert found.pop("distilled_weight") == pytest.approx(expected["weight"])
     assert found.pop("distilled_tokens") == expected["tokens"]
-    assert found.pop("clipped") == found.pop("router_aux") == 0
+    assert found.pop("clipped") == found.pop("router_aux") == found.pop("dropped_mass") == 0
+    assert found.pop("kept_share") == pytest.approx(expected["tokens"])  # exact: all columns
+    assert found.pop("gradient_mass") > 0
     assert found == pytest.approx(expected, rel=1e-4)
 
 
