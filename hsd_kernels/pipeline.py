@@ -150,6 +150,7 @@ def _chunk(work: Work, group: Group, rows: Tensor, solution: Solution) -> None:
             rows,
             head=memory.heads.student,
             buffers=memory.buffers,
+            differentiate=any(work.wanted),
         )
         if found is None:
             _chunk_in_fp32(work, group, rows, solution)

@@ -13,6 +13,10 @@ by column (`row_errors`), and where it exceeds `TOLERANCE`, the columns with the
 refined: computed again in fp32, their parts of the statistics merged with those of the rest, and
 their columns of the gradient formed from the fp32 values. A chunk that needs more than
 `LARGEST_SHARE` of its columns is computed with fp32 logits.
+
+Where no gradient is wanted, the error is that of the statistics, read from some of the rows. Where
+it exceeds `TOLERANCE` the chunk is computed with fp32 logits: to learn which columns to refine
+would cost as much.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hsd_kernels.backends import multiply
+from hsd_kernels.centred import Block, Chunk, centred_logits, refined
 from hsd_kernels.differentiation import token_loss
 from hsd_kernels.passes import Formed, Group, chunk_passes, merged_statistics, row_inputs
 from hsd_kernels.plan import LARGEST_SHARE
@@ -31,30 +35,13 @@ from hsd_kernels.problem import Problem
 from hsd_kernels.rows import CheckedKernels, RowInputs, RowKernels, RowSpec
 from hsd_kernels.rows.mixture import finish_mixture
 from hsd_kernels.rows.partials import Partial, finish, merge
+from hsd_kernels.rows.torch_logits import of_rows
 from hsd_kernels.statistics import Coefficients, coefficients
-from hsd_kernels.workspace import new_rows
 
 TOLERANCE = 0.005  # expected relative error of a chunk that needs no refinement
+_SAMPLED_ROWS = 64  # the least that an error of statistics is read from, in a chunk that has them
+_SAMPLED_SHARE = 8  # and one in so many
 LIKELY_SHARE = 1 / 64  # of the columns, that may be refined before an error is known
-_PROBES = 128  # columns, and as many targets, that tell where a row's logits lie
-_NOWHERE = 1e30  # a logit whose exp is 0, and whose products with 0 are
-
-
-class _Chunk(NamedTuple):
-    """S sides of a chunk: the student, and the differences to the others."""
-
-    operands: Tensor  # (S C, D) bf16
-    centres: Tensor  # (S, C) fp32
-    logits: list[Tensor]  # S of (C, V) bf16, less the centres
-    at_targets: Tensor | None  # (S, C) fp32, less the centres
-    targets: Tensor | None  # (C,) int64
-
-
-class _Block(NamedTuple):
-    """Columns of a chunk, as the row kernels take them."""
-
-    x: RowInputs
-    columns: Tensor | None  # (K,) int64 of the vocabulary; None: all
 
 
 def formed(
@@ -65,6 +52,7 @@ def formed(
     *,
     head: Tensor,
     buffers: Tensor,
+    differentiate: bool,
 ) -> Formed | None:
     """Loss, statistics and logit gradient of a chunk; None where it needs fp32 logits.
 
@@ -74,11 +62,13 @@ def formed(
         rows: (C,) int64 of the problem's tokens.
         head: (V, D) bf16.
         buffers: (at least S C, V) bf16; the gradient takes the place of the student's logits.
+        differentiate: whether a gradient is formed; without one, only where the backend has
+            `CheckedKernels`.
     """
-    given = _Given(problem, kernels, group, rows, head)
+    given = _Given(problem, kernels, group, rows, head, differentiate)
     if kernels.checked is not None:
         found = _likely_refined(given, kernels.checked, buffers)
-        if found is not None:
+        if found is not None or not differentiate:
             return found
     return _refined_as_estimated(given, buffers)
 
@@ -91,6 +81,7 @@ class _Given(NamedTuple):
     group: Group
     rows: Tensor  # (C,) int64
     head: Tensor  # (V, D) bf16
+    differentiate: bool
 
 
 class _Evaluated(NamedTuple):
@@ -101,7 +92,7 @@ class _Evaluated(NamedTuple):
     loss: Tensor  # ()
     along: Coefficients
 
-    def formed(self, gradient: Tensor, mass: Tensor, refined: int) -> Formed:
+    def formed(self, gradient: Tensor | None, mass: Tensor | None, refined: int) -> Formed:
         return Formed(
             loss=self.loss, statistics=self.named, gradient=gradient, mass=mass, refined=refined
         )
@@ -112,14 +103,17 @@ def _likely_refined(given: _Given, kernels: CheckedKernels, buffers: Tensor) -> 
 
     What rounding does is mostly done to the few columns that are likely in many rows. With these
     refined beforehand a chunk is read once for its statistics and once for its gradient, which
-    brings its error along.
+    brings its error along; some of it is read for the error of statistics alone.
     """
     spec, chunk, x = _read(given, buffers)
     columns = _likely_columns(kernels.likely(spec, x), x.student.shape[1])
-    blocks = [_Block(x, None)]
+    blocks = [Block(x, None)]
     if len(columns):
-        blocks = _refined(given.problem, chunk, x, given.head, columns)
+        blocks = refined(given.problem, chunk, x, given.head, columns)
     found = _evaluated(given, spec, blocks, chunk)
+    if not given.differentiate:
+        error = _statistics_error(kernels, spec, blocks, found.values)
+        return found.formed(None, None, len(columns)) if error <= TOLERANCE else None
     mass = torch.zeros_like(found.loss).expand(len(given.rows))
     errors = torch.zeros(3, dtype=torch.float64)
     for block in blocks:
@@ -128,6 +122,22 @@ def _likely_refined(given: _Given, kernels: CheckedKernels, buffers: Tensor) -> 
     if bool(_squared_error(errors, len(given.rows)) > TOLERANCE**2):
         return None
     return found.formed(_whole(blocks), mass, len(columns))
+
+
+def _statistics_error(
+    kernels: CheckedKernels, spec: RowSpec, blocks: list[Block], values: Tensor
+) -> float:
+    """Root mean square of what the statistics of some of the rows are expected to be off by.
+
+    Args:
+        values: (len(Row), C) the statistics.
+    """
+    sampled = slice(None, None, min(max(1, values.shape[1] // _SAMPLED_ROWS), _SAMPLED_SHARE))
+    squares = [
+        kernels.statistics_errors(spec, of_rows(block.x, sampled), values[:, sampled])
+        for block in blocks
+    ]
+    return torch.stack(squares).sum(0).mean(dtype=torch.float64).sqrt().item()
 
 
 def _likely_columns(likely: Tensor, columns: int) -> Tensor:
@@ -148,14 +158,14 @@ def _likely_columns(likely: Tensor, columns: int) -> Tensor:
 def _refined_as_estimated(given: _Given, buffers: Tensor) -> Formed | None:
     """The chunk with the columns in fp32 that its error, column by column, asks for."""
     spec, chunk, x = _read(given, buffers)
-    blocks = [_Block(x, None)]
+    blocks = [Block(x, None)]
     found = _evaluated(given, spec, blocks, chunk)
     errors = given.kernels.errors(spec, x, found.values, found.along)
     columns = _columns_to_refine(errors, rows=len(given.rows))
     if columns is None:
         return None
     if len(columns):
-        blocks = _refined(given.problem, chunk, x, given.head, columns)
+        blocks = refined(given.problem, chunk, x, given.head, columns)
         found = _evaluated(given, spec, blocks, chunk)
     mass = torch.zeros_like(found.loss).expand(len(given.rows))
     for block in blocks:
@@ -163,7 +173,7 @@ def _refined_as_estimated(given: _Given, buffers: Tensor) -> Formed | None:
     return found.formed(_whole(blocks), mass, len(columns))
 
 
-def _whole(blocks: list[_Block]) -> Tensor:
+def _whole(blocks: list[Block]) -> Tensor:
     """(C, V) gradient, of the blocks' in their students' place."""
     gradient = blocks[0].x.student
     for block in blocks:
@@ -172,14 +182,14 @@ def _whole(blocks: list[_Block]) -> Tensor:
     return gradient
 
 
-def _read(given: _Given, buffers: Tensor) -> tuple[RowSpec, _Chunk, RowInputs]:
+def _read(given: _Given, buffers: Tensor) -> tuple[RowSpec, Chunk, RowInputs]:
     (reading,) = chunk_passes(given.problem, given.group)
-    chunk = _centred_logits(given.problem, given.group, given.rows, given.head, buffers)
+    chunk = centred_logits(given.problem, given.group, given.rows, given.head, buffers)
     x = row_inputs(given.problem, reading, given.rows, chunk.logits, chunk.targets)
     return reading.spec, chunk, x
 
 
-def _evaluated(given: _Given, spec: RowSpec, blocks: list[_Block], chunk: _Chunk) -> _Evaluated:
+def _evaluated(given: _Given, spec: RowSpec, blocks: list[Block], chunk: Chunk) -> _Evaluated:
     x = blocks[0].x
     values = _statistics(given.kernels, spec, blocks, chunk)
     named = merged_statistics([values])
@@ -187,50 +197,14 @@ def _evaluated(given: _Given, spec: RowSpec, blocks: list[_Block], chunk: _Chunk
     named["lse"] = named["lse"] + shift[0]
     if given.group.teacher is not None:
         named["teacher_lse"] = named["teacher_lse"] + (shift[0] - shift[1])
-    loss, gradients = token_loss(given.problem, named, given.rows, differentiate=True)
+    loss, gradients = token_loss(
+        given.problem, named, given.rows, differentiate=given.differentiate
+    )
     along = coefficients(gradients, values, jsd_complement=x.jsd_complement)
     return _Evaluated(values, named, loss, along)
 
 
-def _centred_logits(
-    problem: Problem, group: Group, rows: Tensor, head: Tensor, buffers: Tensor
-) -> _Chunk:
-    student = problem.student[rows].detach().float()
-    others = [side for side in (group.teacher, group.reference) if side is not None]
-    states = torch.stack([student, *(student - side.hidden[rows].float() for side in others)])
-    operands = states.flatten(0, 1).to(head.dtype)
-    probes = head[:: max(1, len(head) // _PROBES)]
-    targets = at_targets = None
-    if problem.targets is not None:
-        targets = problem.targets[rows]
-        # Off the CPU an impossible target is not refused: its row's weight is NaN.
-        own = head[targets.clamp(0, len(head) - 1)]
-        at_targets = torch.stack([(side * own.float()).sum(-1) for side in states])
-        probes = torch.cat([probes, own[:: max(1, len(own) // _PROBES)]])
-    factor = problem.settings.logit_scale / problem.temperature[rows]
-    found = torch.mm(operands, probes.t()).view(len(states), len(rows), -1)
-    if at_targets is not None:
-        found = torch.cat([found, at_targets[..., None].to(found.dtype)], dim=-1)
-    centres = _means(found, factor).to(head.dtype).float()
-    logits = buffers[: len(operands)]
-    logits.copy_(-centres.flatten()[:, None])
-    logits.addmm_(operands, head.t())
-    return _Chunk(
-        operands=operands,
-        centres=centres,
-        logits=list(torch.split(logits, len(rows))),
-        at_targets=None if at_targets is None else at_targets - centres,
-        targets=targets,
-    )
-
-
-def _means(logits: Tensor, factor: Tensor) -> Tensor:
-    """(S, C) means of raw logits (S, C, P), as the first side's distribution weighs them."""
-    share = torch.softmax(logits[0] * factor[:, None], dim=-1)
-    return torch.stack([(share * side).sum(-1) for side in logits])
-
-
-def _statistics(kernels: RowKernels, spec: RowSpec, blocks: list[_Block], chunk: _Chunk) -> Tensor:
+def _statistics(kernels: RowKernels, spec: RowSpec, blocks: list[Block], chunk: Chunk) -> Tensor:
     """(len(Row), C) of the rows that the blocks make up."""
     x = blocks[0].x
     parts = []
@@ -280,28 +254,3 @@ def _squared_error(errors: Tensor, rows: int) -> Tensor:
     # Nothing is to be refined for a gradient that is zero.
     squared: Tensor = torch.where(size_of_all > 0, gradient / size_of_all, 0) + values / rows
     return squared
-
-
-def _refined(
-    problem: Problem, chunk: _Chunk, x: RowInputs, head: Tensor, columns: Tensor
-) -> list[_Block]:
-    """The chunk without `columns`, and these in fp32."""
-    exact = new_rows(problem, len(chunk.operands), len(columns), torch.float32)
-    multiply(chunk.operands, head[columns].t(), exact)
-    exact -= chunk.centres.flatten()[:, None]
-    nowhere = -math.copysign(_NOWHERE, problem.settings.logit_scale)
-    x.student.index_fill_(1, columns, nowhere)
-    logits = iter(torch.split(exact, len(x.student)))
-    inside = outside = None
-    if chunk.targets is not None:
-        place = torch.searchsorted(columns, chunk.targets).clamp(max=len(columns) - 1)
-        found = columns[place] == chunk.targets
-        inside = torch.where(found, place, -1)
-        outside = torch.where(found, -1, chunk.targets)
-    fine = x._replace(
-        student=next(logits),
-        teacher=None if x.teacher is None else next(logits),
-        reference=None if x.reference is None else next(logits),
-        targets=inside,
-    )
-    return [_Block(x._replace(targets=outside), None), _Block(fine, columns)]

@@ -46,7 +46,8 @@ def resolved(problem: Problem, wanted: Wanted) -> Problem:
     settings = problem.settings
     sides = [side for side in (problem.teacher, problem.reference) if side is not None]
     combines = (
-        any(wanted)  # the estimate is one of the gradient
+        # Without a gradient only the CPU knows an error, and log-probs alone are no differences.
+        (any(wanted) or (bool(sides) and settings.backend == "cpu"))
         and all(side.shared_head for side in sides)
         and problem.bias is None
         and settings.logit_softcap is None

@@ -67,10 +67,12 @@ class CheckedKernels(NamedTuple):
 
     `checked_grad(spec, x, rows, c)` is `row_grad` in place of the student, and returns beside its
     masses (C,) the sums of `row_errors` over columns instead of rows, (3, C).
+    `statistics_errors(spec, x, rows)` reads what a gradient is not formed for.
     """
 
     likely: Callable[[RowSpec, RowInputs], Tensor]  # (C, n) int64 the likeliest columns of each row
     checked_grad: Callable[..., tuple[Tensor, Tensor]]
+    statistics_errors: Callable[[RowSpec, RowInputs, Tensor], Tensor]  # (C,) expected squares
 
 
 class RowKernels(NamedTuple):

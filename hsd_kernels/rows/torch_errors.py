@@ -115,7 +115,7 @@ def squares(
     p, gradient = log_p.exp(), span(spec, logits, x, rows, c)
     error = ((gradient.abs() + c.entropy.abs() * p) * z_ulp).square()
     value = torch.zeros_like(error)
-    if x.teacher is not None:
+    if x.teacher is not None and (spec.forward_kl or spec.reverse_kl or spec.jsd):
         d_ulp = _ulp(x.teacher, slope)
         added, value = _of_teacher(spec, logits, x, rows, c, z_ulp, d_ulp)
         error = error + added
@@ -161,6 +161,45 @@ def row_checked_grad(
             parts.append(_row_checked_grad(spec, part, rows[:, b], own))
         found = torch.cat(parts, dim=-1)
     return found[0], found[1:]
+
+
+def _of_log_probs(
+    logits: Tensor, ulps: list[Tensor], maximum: Tensor, log_sum: Tensor, entropy: Tensor
+) -> Tensor:
+    """Squares of what lse and entropy of one side are off by (C, V), in nats."""
+    log_p = (logits - maximum[:, None]) - log_sum[:, None]
+    p = log_p.exp()
+    of_entropy = p * (log_p + entropy[:, None])
+    # In this order: see `_relative`.
+    return sum(
+        ((p * ulp).square() + (of_entropy * ulp).square() for ulp in ulps), torch.zeros_like(p)
+    )
+
+
+def _row_statistics_errors(spec: RowSpec, x: RowInputs, rows: Tensor) -> Tensor:
+    zero = torch.zeros_like(rows[0])
+    value = squares(spec, x, rows, Coefficients(*[zero] * len(Coefficients._fields)))[2]
+    logits = chunk_logits(spec, x)
+    slope = x.inverse_temperature[:, None] * x.logit_scale
+    ulps = [_ulp(x.student, slope)]
+    own = rows[Row.MAX], rows[Row.LOG_SUM], rows[Row.ENTROPY]
+    log_probs = _of_log_probs(logits.z, ulps, *own)
+    if logits.u is not None and x.teacher is not None:
+        ulps.append(_ulp(x.teacher, slope))
+        own = rows[Row.TEACHER_MAX], rows[Row.TEACHER_LOG_SUM], rows[Row.TEACHER_ENTROPY]
+        log_probs = log_probs + _of_log_probs(logits.u, ulps, *own)
+    return (value + log_probs / 12).sum(-1)
+
+
+def row_statistics_errors(spec: RowSpec, x: RowInputs, rows: Tensor, *, fused: bool) -> Tensor:
+    """Expected squares of errors per row, (C,), all statistics together.
+
+    Of the KLs relative, as in `row_errors`; of lse and entropy, the teacher's too, in nats.
+    """
+    if fused:
+        return compiled(_row_statistics_errors, spec)(x, rows)
+    parts = [_row_statistics_errors(spec, part, rows[:, b]) for b, part in row_blocks(x)]
+    return torch.cat(parts)
 
 
 def row_errors(

@@ -23,7 +23,7 @@ from hsd_kernels.rows.mixture import (
     remainder,
 )
 from hsd_kernels.rows.partials import Partial, finish, pairs
-from hsd_kernels.rows.torch_errors import row_checked_grad, row_errors
+from hsd_kernels.rows.torch_errors import row_checked_grad, row_errors, row_statistics_errors
 from hsd_kernels.rows.torch_gradient import column_mass, row_grad
 from hsd_kernels.rows.torch_logits import (
     block_size,
@@ -166,6 +166,7 @@ def row_kernels(*, fused: bool) -> RowKernels:
         checked=CheckedKernels(
             likely=functools.partial(row_likely, fused=fused),
             checked_grad=functools.partial(row_checked_grad, fused=fused),
+            statistics_errors=functools.partial(row_statistics_errors, fused=fused),
         ),
         column_mass=column_mass,
         stats=functools.partial(row_stats, fused=fused),

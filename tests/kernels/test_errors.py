@@ -8,7 +8,7 @@ from kernel_problems import Draw, likely_token, relative_error, scale_and_height
 from torch import Tensor
 
 from hsd_kernels.rows import RowInputs, RowSpec
-from hsd_kernels.rows.torch_errors import row_checked_grad, row_errors
+from hsd_kernels.rows.torch_errors import row_checked_grad, row_errors, row_statistics_errors
 from hsd_kernels.rows.torch_rows import row_grad, row_stats
 from hsd_kernels.statistics import Row, coefficients, named_statistics
 
@@ -110,3 +110,19 @@ def test_a_checked_gradient_is_the_gradient_and_brings_the_same_errors(name):
     assert torch.equal(own.student, gradient.to(own.student.dtype))
     torch.testing.assert_close(mass, gradient.abs().sum(-1))
     torch.testing.assert_close(sums.sum(-1), errors.sum(-1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("entropy", [0.1, 3.0, 5.0])
+@pytest.mark.parametrize("kl", [1e-2, 1.0])
+def test_the_error_of_statistics_holds_that_of_kl_and_of_log_probs(kl, entropy):
+    spec, x, exact = chunk("forward_kl", kl, entropy)
+    wide = {n: t.double() for n, t in x._asdict().items() if t is not None and n != "targets"}
+    wide |= {"student": exact["student"], "teacher": exact["difference"]}
+    rows, _, of_columns = solved(spec, x, "forward_kl")
+    expected = row_statistics_errors(spec, x, rows, fused=False)
+    of_log_probs = expected.sum() - of_columns[2].sum()
+    found = named_statistics(rows)
+    true = named_statistics(row_stats(spec, x._replace(**wide), fused=False))
+    names = ("lse", "entropy", "teacher_lse", "teacher_entropy")
+    real = sum((found[name] - true[name]).square().sum() for name in names)
+    assert 0.5 <= (real / of_log_probs).sqrt() <= 1.4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from kernel_problems import (
@@ -126,6 +128,86 @@ def test_contract_on_triton(kl, entropy):
     assert_meets_contract(arguments, backend="triton")
 
 
+# Statistics alone
+
+
+def assert_statistics_meet_contract(arguments: Arguments):
+    with torch.no_grad():
+        out = fused_hsd_loss(**arguments)
+    expected = truth(arguments).stats
+    assert out.plan.precision == "difference"
+    assert out.plan.gemms == 2
+    assert out.stats.gradient_mass is None
+    large = expected.kl >= 1e-5
+    assert relative_error(out.stats.kl[large], expected.kl[large]) <= CONTRACT
+    # The teacher's hidden states are known to 8 bits of their distance.
+    distance = max(1.0, expected.kl.max().item())
+    for name, scale in (("logprob", 1.0), ("entropy", 1.0), ("teacher_logprob", distance)):
+        error = (getattr(out.stats, name) - getattr(expected, name)).square().mean().sqrt()
+        assert error <= 1e-2 * scale, name  # nats
+    return out
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("entropy", [0.1, 3.0, 6.0, 11.0])
+@pytest.mark.parametrize("kl", [1e-4, 1e-2, 1.0, 10.0])
+def test_contract_of_statistics_alone(kl, entropy, divergence):
+    for offsets in ((0, 0), (40, 40), (0, 40)):
+        given = regime(kl, entropy, offsets)
+        targets = torch.arange(len(given["student_hidden"]))
+        arguments = cast({**given, "targets": targets}, torch.bfloat16)
+        assert_statistics_meet_contract({**arguments, "divergence": divergence})
+
+
+@pytest.mark.parametrize("case", ["shared reference", "padded vocabulary", "token weights"])
+def test_options_of_statistics_alone(case):
+    arguments = problem(case)
+    with torch.no_grad():
+        out = fused_hsd_loss(**arguments)
+    expected = truth(arguments)
+    assert out.plan.precision == "difference"
+    assert_same_statistics(out.stats, expected.stats, tolerance=1e-2)
+    assert relative_error(out.loss, expected.loss) <= CONTRACT
+
+
+def test_statistics_alone_are_refined_and_checked(monkeypatch):
+    """Of many rows: of fewer than 128, all are read for their error."""
+    arguments = cast(steep(rows=200), torch.bfloat16) | {"targets": torch.full((200,), 41)}
+    exact = truth(arguments).stats
+    found = assert_statistics_meet_contract(arguments)
+    assert found.plan.refined_columns > 0
+    assert found.plan.repeated_chunks == 0
+    monkeypatch.setattr(precision, "LIKELY_SHARE", 0.0)
+    checked = assert_statistics_meet_contract(arguments)
+    assert checked.plan.repeated_chunks == checked.plan.chunks
+    assert relative_error(checked.stats.kl, exact.kl) <= 1e-3
+    monkeypatch.setattr(precision, "TOLERANCE", 1.0)
+    with torch.no_grad():
+        rounded = fused_hsd_loss(**arguments)
+    assert rounded.plan.repeated_chunks == rounded.plan.refined_columns == 0
+    error = relative_error(rounded.stats.kl, exact.kl)
+    assert error > 1.5 * relative_error(found.stats.kl, exact.kl)
+
+
+@pytest.mark.gradient
+@pytest.mark.parametrize("names", [("forward_kl", "entropy"), ("entropy", "teacher_entropy")])
+def test_vocab_statistics_and_their_backward(names):
+    given = cast(regime(1e-2, 3.0, (40, 40)), torch.bfloat16)
+    exact = cast(given, torch.float64)
+
+    def solved(values, **options):
+        leaves = {n: values[n].clone().requires_grad_() for n in ("student_hidden", "weight")}
+        found = vocab_statistics(**{**values, **leaves}, statistics=names, **options)
+        sum(getattr(found, name).sum() for name in names).backward()
+        return found, leaves
+
+    (found, own), (true, expected) = solved(given), solved(exact, backend="reference")
+    for name in names:
+        assert relative_error(getattr(found, name), getattr(true, name)) <= CONTRACT, name
+    for name, leaf in own.items():
+        assert relative_error(leaf.grad, expected[name].grad) <= CONTRACT, name
+
+
 # Refinement
 
 
@@ -240,16 +322,13 @@ def test_what_has_no_difference_form_has_fp32_logits(options):
         assert torch.equal(result.gradients[name], gradient)
 
 
-def test_without_gradients_logits_are_fp32():
-    arguments = problem("token weights")
+def test_log_probs_alone_and_statistics_on_triton_have_fp32_logits():
+    given = problem("policy gradient, no teacher")
     with torch.no_grad():
-        assert fused_hsd_loss(**arguments).plan.precision == "fp32_logits"
-    names = ("student_hidden", "teacher_hidden", "weight", "targets")
-    given = {name: arguments[name] for name in names}
-    found = vocab_statistics(**given, statistics=("forward_kl",)).forward_kl
-    expected = truth(exact_options(arguments)).stats.kl
-    active = arguments["token_weights"] != 0
-    assert relative_error(found[active], expected[active]) <= 1e-3
+        assert fused_hsd_loss(**given).plan.precision == "fp32_logits"
+        if find_spec("triton"):
+            given = problem("no targets") | {"precision": "difference"}
+            assert fused_hsd_loss(**given, backend="triton").plan.precision == "fp32_logits"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
