@@ -183,18 +183,19 @@ def _row_statistics_errors(spec: RowSpec, x: RowInputs, rows: Tensor) -> Tensor:
     slope = x.inverse_temperature[:, None] * x.logit_scale
     ulps = [_ulp(x.student, slope)]
     own = rows[Row.MAX], rows[Row.LOG_SUM], rows[Row.ENTROPY]
-    log_probs = _of_log_probs(logits.z, ulps, *own)
+    log_probs = _of_log_probs(logits.z, ulps, *own) / 2
     if logits.u is not None and x.teacher is not None:
         ulps.append(_ulp(x.teacher, slope))
         own = rows[Row.TEACHER_MAX], rows[Row.TEACHER_LOG_SUM], rows[Row.TEACHER_ENTROPY]
-        log_probs = log_probs + _of_log_probs(logits.u, ulps, *own)
+        log_probs = (log_probs + _of_log_probs(logits.u, ulps, *own) / 2) / 2
     return (value + log_probs / 12).sum(-1)
 
 
 def row_statistics_errors(spec: RowSpec, x: RowInputs, rows: Tensor, *, fused: bool) -> Tensor:
     """Expected squares of errors per row, (C,), all statistics together.
 
-    Of the KLs relative, as in `row_errors`; of lse and entropy, the teacher's too, in nats.
+    Of the KLs relative, as in `row_errors`; to their sum is added the mean of those of lse and
+    entropy, the teacher's too, in nats.
     """
     if fused:
         return compiled(_row_statistics_errors, spec)(x, rows)

@@ -87,9 +87,8 @@ def test_the_simulated_peak_of_statistics_alone(dtype, monkeypatch):
     monkeypatch.setattr(torch_logits, "PLAIN_BLOCK_ELEMENTS", VOCAB)
     given = problem(dtype)
     statistics(given)
-    # Two sides of logits; of bf16 ones some columns in fp32 too, which are counted in the plan.
     peaks = simulated_peak(given, MemTracker(), statistics), measured_peak(given, statistics)
-    assert max(peaks) <= 1.1 * CHUNK_BYTES
+    assert max(peaks) <= CHUNK_BYTES  # two sides of logits, where a gradient leaves room for three
     assert peaks[0] == pytest.approx(peaks[1], rel=0.2)
 
 
