@@ -48,7 +48,8 @@ def centred_logits(
         targets = problem.targets[rows]
         # Off the CPU an impossible target is not refused: its row's weight is NaN.
         own = head[targets.clamp(0, len(head) - 1)]
-        at_targets = torch.stack([(side * own.float()).sum(-1) for side in states])
+        # Of what is multiplied: what rounding does to a row's sums cancels in its log-probs.
+        at_targets = (operands.view_as(states).float() * own.float()).sum(-1)
         probes = torch.cat([probes, own[:: max(1, len(own) // _PROBES)]])
     factor = problem.settings.logit_scale / problem.temperature[rows]
     found = torch.mm(operands, probes.t()).view(len(states), len(rows), -1)

@@ -103,9 +103,10 @@ def fused_hsd_loss(
             KLs unless `kl_temperature` (student and reference) or `teacher_temperature` is given.
         vocab_size: columns in use; the head's rows beyond them are padding.
         precision: "fp32_logits" is what "auto" runs, except for bf16 inputs on the CPU:
-            "difference" holds bf16 logits, and refines them until the gradient is within 1 %. It
-            needs one head without bias for all sides, no softcap, one temperature, no top_k and
-            no process_group, and a gradient to form; else logits are fp32, and the plan says so.
+            "difference" holds bf16 logits, and refines them until gradient and KLs are within 1 %.
+            It needs one head without bias for all sides, no softcap, one temperature, no top_k and
+            no process_group, and a gradient to form or, on the CPU, a second side; else logits
+            are fp32, and the plan says so.
             "bf16_logits" rounds them, for comparison.
         sparse_tolerance: largest share of a chunk's gradient, as L1 mass, that the backward may
             drop; its GEMMs then run on the few columns that hold the rest. None: exact.
