@@ -94,7 +94,7 @@ def _squares(
     z_ulp, at, p = math.power_below(raw) * slope, row.to(tl.int64) * pitch, tl.exp(log_p)
     moved = (tl.abs(terms) + tl.abs(tl.load(c.entropy + row)) * p) * z_ulp
     error, value = moved * moved, tl.zeros_like(z)
-    if SPEC.teacher != "absent":
+    if SPEC.teacher != "absent" and ((SPEC.forward_kl or SPEC.reverse_kl) or SPEC.jsd):
         d_ulp = math.power_below(load(x.teacher + at, columns, end)) * slope
         added, value = _of_teacher(
             x, statistics, c, row, rows, z, u, z_minus_u, log_p, z_ulp, d_ulp, SPEC, KNOWN
