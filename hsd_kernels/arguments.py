@@ -17,6 +17,7 @@ from torch import Tensor
 from hsd_kernels.checks import (
     check_choice,
     check_count,
+    check_flag,
     check_number,
     check_tensor,
     columns_in_use,
@@ -29,9 +30,9 @@ from hsd_kernels.checks import (
     temperatures,
 )
 from hsd_kernels.plan import Backend, Precision
-from hsd_kernels.problem import HSD_LOSS, Problem, Settings, Side
+from hsd_kernels.problem import Problem, Settings, Side
 from hsd_kernels.statistics import DIVERGENCES
-from hsd_kernels.token_losses import Divergence, HsdLoss
+from hsd_kernels.token_losses import HSD_LOSS, Divergence, HsdLoss
 
 # Options that mean nothing without another argument: name -> (its default, what it needs).
 _NEEDS: Mapping[str, tuple[Any, str]] = {
@@ -209,8 +210,8 @@ def _settings(
         max_chunk_bytes=None
         if chunk is None
         else int(check_number("max_chunk_bytes", chunk, positive=True)),
-        group=a["process_group"].group_name if sharded else "",
-        validate=bool(a["validate"]),
+        group=_group_name(a["process_group"]) if sharded else "",
+        validate=check_flag("validate", a["validate"]),
         backend=backend,
     )
 
@@ -253,6 +254,14 @@ def _side(name: str, a: Mapping[str, Any], student: Tensor, weight: Tensor, voca
         bias=bias,
         shared_head=shared,
     )
+
+
+def _group_name(group: object) -> str:
+    name = getattr(group, "group_name", None)
+    if not isinstance(name, str):
+        found = type(group).__name__
+        raise TypeError(f"process_group: found {found}, expected a torch.distributed.ProcessGroup")
+    return name
 
 
 def _accumulator(value: object, weight: Tensor) -> Tensor | None:
