@@ -17,6 +17,7 @@ from torch import Tensor
 from hsd_kernels.checks import (
     check_choice,
     check_count,
+    check_flag,
     check_number,
     check_tensor,
     columns_in_use,
@@ -30,9 +31,9 @@ from hsd_kernels.checks import (
     temperatures,
 )
 from hsd_kernels.plan import Backend, Precision
-from hsd_kernels.problem import HSD_LOSS, Problem, Settings, Side
+from hsd_kernels.problem import Problem, Settings, Side
 from hsd_kernels.statistics import DIVERGENCES
-from hsd_kernels.token_losses import Divergence, HsdLoss
+from hsd_kernels.token_losses import HSD_LOSS, Divergence, HsdLoss
 
 # Options that mean nothing without another argument: name -> (its default, what it needs).
 _NEEDS: Mapping[str, tuple[Any, str]] = {
@@ -211,7 +212,7 @@ def _settings(
         if chunk is None
         else int(check_number("max_chunk_bytes", chunk, positive=True)),
         group=group_name(a["process_group"]),
-        validate=bool(a["validate"]),
+        validate=check_flag("validate", a["validate"]),
         backend=backend,
     )
 

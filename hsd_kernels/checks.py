@@ -180,6 +180,12 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
     return value
 
 
+def check_flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: found {value!r}, expected True or False")
+    return value
+
+
 def check_count(name: str, value: object, *, lowest: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: found {type(value).__name__}, expected an integer")

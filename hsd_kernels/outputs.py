@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from hsd_kernels.plan import Plan, from_record
-from hsd_kernels.problem import HSD_LOSS, Problem
+from hsd_kernels.problem import Problem
 from hsd_kernels.statistics import DIVERGENCES
+from hsd_kernels.token_losses import HSD_LOSS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,10 +21,16 @@ from hsd_kernels.checks import hidden_states
 from hsd_kernels.loss import BackendChoice, PrecisionChoice, run
 from hsd_kernels.ops import statistics_of
 from hsd_kernels.outputs import LossOutput
-from hsd_kernels.problem import LINEAR_LOSS, Problem
+from hsd_kernels.problem import Problem
 from hsd_kernels.reference import dense_statistics
 from hsd_kernels.statistics import DIFFERENTIABLE, STATISTICS
-from hsd_kernels.token_losses import TokenLoss, find_token_loss, statistics_read, token_loss_key
+from hsd_kernels.token_losses import (
+    LINEAR_LOSS,
+    TokenLoss,
+    find_token_loss,
+    statistics_read,
+    token_loss_key,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -87,6 +93,9 @@ def fused_token_loss(
     arguments = dict(locals())
     check_needs(arguments)
     student = hidden_states("student_hidden", student_hidden)
+    if not isinstance(token_inputs, Mapping | None):
+        found = type(token_inputs).__name__
+        raise TypeError(f"token_inputs: found {found}, expected a mapping of names to tensors")
     given = per_token_inputs(token_inputs or {}, student)
     if "token_weights" in given:
         raise ValueError("token_inputs: found 'token_weights', expected it as an argument")

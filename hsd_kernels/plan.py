@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from hsd_kernels.checks import check_choice, check_count, check_flag
 
 DEFAULT_CHUNK_BYTES = 512 * 1024**2
 # On a GPU a chunk has this many rows, where that takes no more than so many bytes: with fewer, the
@@ -201,8 +203,10 @@ def plan(
         jsd: whether the divergence is jsd, for which the GPU reads logits twice.
 
     Raises:
-        ValueError: where the logits of one row do not fit in `max_chunk_bytes`.
+        ValueError, TypeError: bad input; names the argument, what was found and expected. Among it
+            a `max_chunk_bytes` that the logits of one row do not fit in.
     """
+    _check(locals())
     return plan_groups(
         [RowGroup(rows, 1 + int(teacher) + int(reference))],
         hidden_size,
@@ -219,3 +223,15 @@ def plan(
         compiled=compiled,
         backend=backend,
     )
+
+
+def _check(arguments: Mapping[str, Any]) -> None:
+    lowest = {"rows": 0, "hidden_size": 1, "vocab_size": 1, "temperatures": 1, "copied_heads": 0}
+    for name, least in lowest.items():
+        check_count(name, arguments[name], lowest=least)
+    if arguments["temperatures"] > 2:
+        raise ValueError(f"temperatures: found {arguments['temperatures']}, expected 1 or 2")
+    for name in ("teacher", "reference", "narrow", "jsd", "student_gradient", "weight_gradient"):
+        check_flag(name, arguments[name])
+    check_choice("backend", arguments["backend"], ("cpu", "triton"))
+    check_choice("precision", arguments["precision"], _PRECISIONS)

@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 
 from hsd_kernels.plan import Backend, Precision
-from hsd_kernels.token_losses import LinearLoss, TokenLoss, find_token_loss, hsd_loss_from
-
-HSD_LOSS = "hsd"
-LINEAR_LOSS = "linear"
+from hsd_kernels.token_losses import (
+    HSD_LOSS,
+    LINEAR_LOSS,
+    LinearLoss,
+    TokenLoss,
+    find_token_loss,
+    hsd_loss_from,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -140,6 +140,8 @@ class LinearLoss:
 
 # Losses of one's own, by name. A function that was passed as it is lives as long as its owner
 # keeps it: a registry that held it would grow with every lambda.
+HSD_LOSS = "hsd"
+LINEAR_LOSS = "linear"
 _REGISTERED: Final[dict[str, TokenLoss]] = {}
 _PASSED: Final[weakref.WeakValueDictionary[str, TokenLoss]] = weakref.WeakValueDictionary()
 
@@ -148,10 +150,17 @@ def register_token_loss(name: str) -> Callable[[TokenLoss], TokenLoss]:
     """Decorator that makes a token loss available to `fused_token_loss` under `name`.
 
     Raises:
-        ValueError: the name is taken by another function.
+        ValueError: the name is taken, by another function or by the library.
+        TypeError: name or loss is none.
     """
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"name: found {name!r}, expected a name")
+    if name in (HSD_LOSS, LINEAR_LOSS):
+        raise ValueError(f"name: found {name!r}, which is the library's, expected a new name")
 
     def register(loss: TokenLoss) -> TokenLoss:
+        if not callable(loss):
+            raise TypeError(f"loss: found {type(loss).__name__}, expected a function")
         if _REGISTERED.get(name, loss) is not loss:
             raise ValueError(f"name: found {name!r}, which is registered, expected a new name")
         _REGISTERED[name] = loss

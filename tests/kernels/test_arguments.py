@@ -86,6 +86,7 @@ WRONG_TYPES = {
     "clip_range": [(0.2, "(low, high)"), ((0.2,), "(low, high)"), (("a", "b"), "number")],
     "max_chunk_bytes": [("1G", "number")],
     "process_group": [("world", "ProcessGroup"), (-100, "ProcessGroup")],  # as non-members get
+    "validate": [("yes", "True or False")],
 }
 OUT_OF_RANGE = {
     "vocab_size": [(0, f"1 to {V}"), (V + 1, f"1 to {V}"), (-1, f"1 to {V}")],
@@ -307,3 +308,22 @@ def test_the_error_names_the_token():
 def test_plan_refuses_a_budget_below_one_row():
     with pytest.raises(ValueError, match=r"^max_chunk_bytes: found 1000, expected at least 8000"):
         plan(10, 8, 1000, max_chunk_bytes=1000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"rows": -1}, ValueError, "rows: found -1, expected at least 0"),
+        ({"rows": 8.5}, TypeError, "rows: found float, expected an integer"),
+        ({"hidden_size": 0}, ValueError, "hidden_size: found 0"),
+        ({"vocab_size": 0}, ValueError, "vocab_size: found 0"),
+        ({"temperatures": 3}, ValueError, "temperatures: found 3, expected 1 or 2"),
+        ({"copied_heads": -1}, ValueError, "copied_heads: found -1"),
+        ({"teacher": "no"}, TypeError, "teacher: found 'no', expected True or False"),
+        ({"backend": "reference"}, ValueError, "backend: found 'reference', expected one of 'cpu'"),
+        ({"precision": "fp8"}, ValueError, "precision: found 'fp8'"),
+    ],
+)
+def test_plan_refuses_what_it_cannot_plan(changes, error, message):
+    with pytest.raises(error, match=rf"^{message}"):
+        plan(**{"rows": 10, "hidden_size": 8, "vocab_size": 100, **changes})

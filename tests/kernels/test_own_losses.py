@@ -188,6 +188,11 @@ def test_a_name_that_was_not_asked_for():
 REFUSED = {
     "an unknown name": ({"token_loss": "nothing"}, ValueError, "token_loss: found 'nothing'"),
     "no function": ({"token_loss": 3}, TypeError, "token_loss: found int"),
+    "inputs without names": (
+        {"token_loss": lambda s, i: s["lse"], "token_inputs": [1]},
+        TypeError,
+        "token_inputs: found list",
+    ),
     "an unknown statistic": (
         {"token_loss": lambda s, i: s["perplexity"]},
         ValueError,
@@ -231,5 +236,11 @@ def test_a_registered_name_is_taken_once():
 
     with pytest.raises(ValueError, match="registered"):
         register_token_loss("test_own_losses.entropy")(lambda s, i: s["lse"])
+    with pytest.raises(ValueError, match="name: found 'hsd', which is the library's"):
+        register_token_loss("hsd")(entropy)
+    with pytest.raises(TypeError, match="name: found ''"):
+        register_token_loss("")
+    with pytest.raises(TypeError, match="loss: found int"):
+        register_token_loss("test_own_losses.number")(3)
     out = fused_token_loss(**problem(), token_loss="test_own_losses.entropy")
     torch.testing.assert_close(out.loss, out.stats.entropy.mean())
