@@ -54,7 +54,7 @@ def _times(records: Records) -> Any:
 
 
 def _growth(records: Records) -> Any:
-    """Time and peak memory over a size, both logarithmic; the floor is dashed."""
+    """Time over a size, both logarithmic, and peak memory over it; the floor is dashed."""
     figure, axes = plt.subplots(
         len(records), 2, figsize=(9, 3.4 * len(records)), squeeze=False, layout="constrained"
     )
@@ -76,6 +76,12 @@ def _growth(records: Records) -> Any:
                     label=method,
                 )
             _label(axis, axis_name, unit)
+            if column == "seconds":
+                sizes = sorted({row[axis_name] for row in record["rows"]})
+                axis.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=7)
+                axis.minorticks_off()
+            else:  # from zero: what does not grow is to look so
+                axis.set(xscale="linear", yscale="linear", ylim=(0, None))
     return figure
 
 
