@@ -36,8 +36,9 @@ def test_no_spill_and_no_narrow_load_of_row_data(tmp_path):
     for target in TARGETS:
         assert {k["kernel"] for k in kernels if k["target"] == target} == KERNELS
     assert all(k["spilled_bytes"] == 0 < k["registers"] for k in kernels)
-    assert all(k["expected_load_bits"] >= 128 for k in kernels)
-    for each in kernels:  # in every streaming loop, all of the rows' data in whole loads
+    streaming = [k for k in kernels if k["kernel"] != "merge"]  # which reads statistics, no rows
+    assert all(k["expected_load_bits"] >= 128 for k in streaming)
+    for each in streaming:  # in every streaming loop, all of the rows' data in whole loads
         assert each["body_load_bits"]
         assert all(n and n % each["expected_load_bits"] == 0 for n in each["body_load_bits"])
     looping = [k for k in kernels if k["kernel"].startswith("column_")]
