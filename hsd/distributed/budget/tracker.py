@@ -130,15 +130,6 @@ class StepTracker(FakeTensorMode):  # type: ignore[no-untyped-call]
         self._found.clear()
         self._dead.clear()
 
-    @contextmanager
-    def allocating(self, kind: str) -> Iterator[None]:
-        """What is allocated meanwhile is of a kind."""
-        before, self._kind = self._kind, kind
-        try:
-            yield
-        finally:
-            self._kind = before
-
     def mark(self, tensors: Any, kind: str, *, on_host: bool = False) -> None:
         """Says of which kind the storages of tensors (any nesting) are, also at past peaks."""
         for tensor in tree_leaves(tensors):
