@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -147,37 +149,75 @@ def start_vllm(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Tokens per second of both engines, and the sorted lengths of what they sampled."""
+
+    work: Work
+    vllm: float
+    vllm_lengths: list[int]
+    hf: float
+    hf_lengths: list[int]
+
+    @property
+    def ratio(self) -> float:
+        return self.vllm / self.hf
+
+    def line(self) -> str:
+        rows, longest = len(self.vllm_lengths), max(map(len, self.work.prompts))
+        return (
+            f"{self.work.name}: {rows} rows, prompts of {longest} tokens; "
+            f"vllm {self.vllm:.0f} tokens/s ({_spread(self.vllm_lengths)}), "
+            f"hf {self.hf:.0f} tokens/s ({_spread(self.hf_lengths)}); ratio {self.ratio:.2f}"
+        )
+
+
+def _spread(lengths: list[int]) -> str:
+    return f"median length {median(lengths):.0f}, longest {lengths[-1]}"
+
+
+def compare(
+    python: Path, names: Sequence[str], *, threads: int, repeats: int
+) -> Iterator[Comparison]:
+    """Each work with both engines, one engine at a time: it has the cores for itself.
+
+    Args:
+        python: of an environment with vLLM.
+        names: of works.
+        threads: of each engine.
+    """
+    torch.set_num_threads(threads)
+    model, tokenizer = load_policy("smollm2-135m-instruct")
+    dtype = compute_dtype("auto")
+    works = [_WORKS[name](tokenizer) for name in names]
+    server = start_vllm(python, model, tokenizer, threads=threads, dtype=dtype)
+    with closing(server):
+        served = [measure(server, work, repeats) for work in works]
+    local = HfEngine(model, tokenizer, compute_dtype=dtype, batch_rows=_ROWS)
+    for work, (rate, lengths) in zip(works, served, strict=True):
+        beside, others = measure(local, work, repeats)
+        yield Comparison(work=work, vllm=rate, vllm_lengths=lengths, hf=beside, hf_lengths=others)
+
+
+_WORKS = {"quickstart": quickstart, "uneven": uneven}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vllm-python", type=Path, required=True, help="of make test-vllm")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of each engine")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--works", nargs="+", default=["quickstart", "uneven"])
+    parser.add_argument("--works", nargs="+", choices=_WORKS, default=list(_WORKS))
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    model, tokenizer = load_policy("smollm2-135m-instruct")
-    dtype = compute_dtype("auto")
-    made = {"quickstart": quickstart, "uneven": uneven}
-    works = [made[name](tokenizer) for name in arguments.works]
-    # One engine at a time: each has the cores for itself.
-    server = start_vllm(
-        arguments.vllm_python.absolute(), model, tokenizer, threads=arguments.threads, dtype=dtype
+    # Absolute, not resolved: a link to the Python of an environment is what makes it that one.
+    found = compare(
+        arguments.vllm_python.absolute(),
+        arguments.works,
+        threads=arguments.threads,
+        repeats=arguments.repeats,
     )
-    try:
-        served = [measure(server, work, arguments.repeats) for work in works]
-    finally:
-        server.close()
-    local = HfEngine(model, tokenizer, compute_dtype=dtype, batch_rows=_ROWS)
-    for work, (rate, lengths) in zip(works, served, strict=True):
-        beside, others = measure(local, work, arguments.repeats)
-        rows = len(work.prompts) * work.group_size
-        print(
-            f"{work.name}: {rows} rows, prompts of {max(map(len, work.prompts))} tokens; vllm "
-            f"{rate:.0f} tokens/s (median length {median(lengths):.0f}, longest {lengths[-1]}), hf "
-            f"{beside:.0f} tokens/s ({median(others):.0f}, {others[-1]}); ratio {rate / beside:.2f}"
-            f" ({arguments.threads} threads, {dtype})",
-            flush=True,
-        )
+    for comparison in found:
+        print(comparison.line(), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,19 +6,15 @@ import json
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import psutil
 import torch
 
+from benchmarks.rollouts import compare
 from hsd.cli import main as hsd_main
-from hsd.policy.precision import compute_dtype
 from hsd.rollout import guard
-from hsd.rollout.hf import HfEngine
-from hsd.rollout.protocol import Sampling, stream_seed
 from hsd.rollout.vllm_client import ServerLost, VllmClient
-from hsd.rollout.vllm_server import VllmServerEngine
 
 ROOT = Path(__file__).parents[2]
 STEPS, QUESTIONS, GROUP = 3, 16, 4
@@ -112,35 +108,11 @@ def test_no_sample_is_lost_when_a_server_is_killed(vllm_options, tmp_path, monke
     print({name: [step[name] for step in steps] for name in ("engine_gap_mean", "reward")})
 
 
-def tokens_per_second(engine: HfEngine | VllmServerEngine, tokenizer) -> float:
-    """Of 16 groups of 4 rollouts of up to 48 tokens."""
-    prompts = [tokenizer(f"Write about the number {n}.")["input_ids"] for n in range(16)]
-
-    def generate(sampling: Sampling, repeat: int) -> list:
-        return engine.generate(
-            prompts,
-            seeds=[stream_seed(repeat, n) for n in range(len(prompts))],
-            group_size=4,
-            sampling=sampling,
-        )
-
-    generate(Sampling(max_new_tokens=2), 0)  # what is done once only
-    started = time.perf_counter()
-    groups = generate(Sampling(max_new_tokens=48), 1)
-    count = sum(len(rollout.token_ids) for group in groups for rollout in group)
-    return count / (time.perf_counter() - started)
-
-
-def test_throughput_beside_the_transformers_engine(policy, start_engine, capsys):
-    dtype = compute_dtype("auto")
-    engine = start_engine(Sampling(max_new_tokens=48), dtype=dtype)
-    vllm = tokens_per_second(engine, policy.tokenizer)
-    engine.close()
-    engine = HfEngine(policy.model, policy.tokenizer, compute_dtype=dtype, batch_rows=256)
-    hf = tokens_per_second(engine, policy.tokenizer)
-    with capsys.disabled():
-        print(
-            f"\nvllm {vllm:.0f} tokens/s, hf {hf:.0f} tokens/s, ratio {vllm / hf:.2f} "
-            f"({torch.get_num_threads()} threads, {dtype})"
-        )
-    assert vllm > hf / 2  # as fast on two idle cores, twice as fast on one that is busy
+def test_throughput_beside_the_transformers_engine(vllm_options, capsys):
+    threads = torch.get_num_threads()
+    for found in compare(
+        vllm_options["python"], ("quickstart", "uneven"), threads=threads, repeats=1
+    ):
+        with capsys.disabled():
+            print(f"\n{found.line()} ({threads} threads)")
+        assert found.ratio > 0.5  # far more on idle cores
