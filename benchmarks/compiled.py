@@ -9,11 +9,10 @@ vocabulary, and what it would start is compiled, and measured in the machine cod
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from benchmarks.machine_code import bodies, read_amdgcn, read_sass
-from hsd_kernels.rows import RowInputs, RowSpec, Source, triton_rows
+from benchmarks.row_variants import STORAGE, variants
+from hsd_kernels.rows import RowInputs, RowSpec, triton_rows
 from hsd_kernels.rows.buffers import row_buffer
 from hsd_kernels.rows.partials import Partial
-from hsd_kernels.statistics import DIVERGENCES, Coefficients, Row
+from hsd_kernels.statistics import Coefficients, Row
 
 ROWS, COLUMNS = 4, 1001
 TILES = 75  # of a vocabulary of 151,936, for the kernel that merges them
@@ -42,18 +42,6 @@ TARGETS = {
 }
 WARPS_PER_SM = {80: 64, 90: 64, 100: 64, 120: 48}
 SHARED_PER_SM = {80: 164, 90: 228, 100: 228, 120: 100}  # KiB
-STORAGE = {  # of logits and gradient
-    "fp32": (torch.float32, torch.bfloat16),
-    "fp32, fp16 gradient": (torch.float32, torch.float16),
-    "fp32 all": (torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-}
-SOURCES: dict[str, tuple[Source, ...]] = {  # of sides, with a head of their own or the student's
-    "fp32": ("logits",),  # narrow operands cannot hold the difference of hidden states
-    "fp32, fp16 gradient": ("logits",),
-    "fp32 all": ("logits", "difference"),
-    "bf16": ("difference",),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,56 +105,14 @@ class AbsentDevice:
         return 0
 
 
-def variants(*, everything: bool) -> Iterator[tuple[str, RowSpec, str]]:
-    """Description, specification and storage of what the pipeline may ask for.
-
-    Of a loss with several divergences only the largest, with all three: the others lie between.
-    """
-    if not everything:
-        yield "no teacher", RowSpec(target=True), "fp32"
-        yield "reverse", RowSpec(teacher="logits", reverse_kl=True, target=True), "fp32"
-        capped = RowSpec(teacher="difference", forward_kl=True, softcap=True)
-        yield "forward, softcap", capped, "fp32 all"
-        largest = RowSpec(teacher="difference", reference="difference", jsd=True, target=True)
-        yield "jsd, reference", largest, "bf16"
-        return
-    wanted = ((), *((name,) for name in DIVERGENCES), DIVERGENCES)
-    for storage, sources in SOURCES.items():
-        teachers = [("absent", ()), *itertools.product(sources, wanted)]
-        softcaps = (False,) if storage == "bf16" else (False, True)
-        choices = itertools.product(teachers, ("absent", *sources), softcaps, (False, True))
-        for (teacher, names), reference, softcap, target in choices:
-            own = storage == "fp32 all" and teacher == "difference" and not softcap
-            for same_temperature in (True, False) if own else (True,):
-                spec = RowSpec(
-                    teacher=teacher,  # type: ignore[arg-type]
-                    reference=reference,  # type: ignore[arg-type]
-                    softcap=softcap,
-                    target=target,
-                    same_temperature=same_temperature,
-                    **dict.fromkeys(names, True),
-                )
-                yield _description(spec), spec, storage
-
-
-def _description(spec: RowSpec) -> str:
-    parts = (
-        f"{spec.teacher} {' '.join(n for n in DIVERGENCES if getattr(spec, n))}".strip(),
-        f"reference {spec.reference}",
-        "softcap" * spec.softcap,
-        "target" * spec.target,
-        "" if spec.same_temperature else "own temperature",
-    )
-    return ", ".join(part for part in parts if part)
-
-
 def compile_variant(spec: RowSpec, storage: str) -> list[tuple[str, Any, int]]:
     """(kernel, what triton.compile gave, bytes of row data per element) of each launch."""
     dtype, gradient_dtype = STORAGE[storage]
-    started: list[tuple[str, Any]] = []
+    started: list[tuple[str, Any, int]] = []
 
     def record(kernel: Any, grid: tuple[int, int], *arguments: Any, **options: Any) -> None:
-        started.append((kernel.__name__, kernel.warmup(*arguments, grid=grid, **options)))
+        name, compiled = kernel.__name__, kernel.warmup(*arguments, grid=grid, **options)
+        started.append((name, compiled, _row_bytes(name, arguments[0])))
 
     def buffer(kind: torch.dtype) -> torch.Tensor:
         return row_buffer(ROWS, COLUMNS, dtype=kind, device=torch.device("cpu"))
@@ -197,11 +143,15 @@ def compile_variant(spec: RowSpec, storage: str) -> list[tuple[str, Any, int]]:
             triton_rows.row_errors(spec, x, statistics, Coefficients(*[one] * 7))
     finally:
         triton_rows.launch = launch
-    sides = 1 + (spec.teacher != "absent") + (spec.reference != "absent")
-    per_element = {"column_mass_kernel": gradient_dtype.itemsize}
-    mixture = dtype.itemsize * 2  # it needs no reference
-    per_element |= {"mixture_kernel": mixture, "merge_kernel": 0}
-    return [(n, c, per_element.get(n, dtype.itemsize * sides)) for n, c in started]
+    return started
+
+
+def _row_bytes(kernel: str, read: RowInputs | torch.Tensor) -> int:
+    """Bytes of row data per element of what a kernel gets to read, its first argument."""
+    if isinstance(read, RowInputs):
+        sides = (read.student, read.teacher, read.reference)
+        return sum(side.element_size() for side in sides if side is not None)
+    return 0 if kernel == "merge_kernel" else read.element_size()
 
 
 def measure(target: str, kernel: str, variant: str, compiled: Any, row_bytes: int) -> Compiled:

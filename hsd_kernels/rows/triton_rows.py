@@ -23,8 +23,7 @@ from hsd_kernels.rows.triton_statistics import mixture_kernel, partials_kernel
 from hsd_kernels.rows.triton_tile import Biases, Known
 from hsd_kernels.statistics import Coefficients
 
-TILE = 2048  # columns; 16 of each side a thread, so that several programs fit a multiprocessor
-_WARPS = 4
+TILE = 2048  # columns; 8 of each side a thread, so that several programs fit a multiprocessor
 MERGED = 512  # tiles times rows that one program merges; with 1024 it would spill registers
 _ROW_BLOCK = 128  # rows of one sum of column masses
 _ERROR_ROWS, _ERROR_WIDTH = 32, 1024  # and columns, of one sum of column errors
@@ -58,7 +57,7 @@ def row_partials(
         launch(
             partials_kernel, (rows, triton.cdiv(tiles, tiles_per_program)),
             x, biases, parts, rows, columns, pitch, tiles, first_column,
-            SPEC=spec, KNOWN=_known(spec), TILE=TILE, RUN=tiles_per_program, num_warps=_WARPS,
+            SPEC=spec, KNOWN=_known(spec), TILE=TILE, RUN=tiles_per_program, num_warps=_warps(TILE),
         )  # fmt: skip
     return parts
 
@@ -81,7 +80,7 @@ def merge_tiles(spec: RowSpec, parts: Tensor) -> Tensor:
     launch(
         merge_kernel, (triton.cdiv(rows, block), 1),
         parts, whole, rows, tiles,
-        SPEC=spec, KNOWN=_known(spec), TILES=padded, BLOCK=block, num_warps=_WARPS,
+        SPEC=spec, KNOWN=_known(spec), TILES=padded, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return whole
 
@@ -109,7 +108,7 @@ def row_mixture(
         launch(
             mixture_kernel, (count, triton.cdiv(tiles, tiles_per_program)),
             x, biases, rows.contiguous(), sums, count, columns, pitch, tiles,
-            SPEC=spec, KNOWN=_known(spec), TILE=TILE, RUN=tiles_per_program, num_warps=_WARPS,
+            SPEC=spec, KNOWN=_known(spec), TILE=TILE, RUN=tiles_per_program, num_warps=_warps(TILE),
         )  # fmt: skip
     return sums
 
@@ -140,6 +139,7 @@ def row_grad(
         raise ValueError(f"out: found shape {tuple(out.shape)}, expected {(count, columns)}")
     _check_rows("out", out)
     _check_overlap(out, x)
+    spec, x, biases = _read_by_gradient(spec, x, biases)
     tiles = max(triton.cdiv(columns, TILE), 1)
     masses = x.student.new_empty((tiles, count), dtype=torch.float32)
     if count:
@@ -147,7 +147,7 @@ def row_grad(
             gradient_kernel, (count, triton.cdiv(tiles, tiles_per_program)),
             x, biases, rows.contiguous(), Coefficients(*(c.contiguous() for c in coefficients)),
             out, masses, count, columns, pitch, out.stride(0), tiles,
-            SPEC=spec, KNOWN=_known(spec), TILE=TILE, RUN=tiles_per_program, num_warps=_WARPS,
+            SPEC=spec, KNOWN=_known(spec), TILE=TILE, RUN=tiles_per_program, num_warps=_warps(TILE),
         )  # fmt: skip
     return masses.sum(0)
 
@@ -155,6 +155,7 @@ def row_grad(
 def row_errors(spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coefficients) -> Tensor:
     """`torch_errors.row_errors`, (3, V) fp32: sums over blocks of rows, then of these."""
     count, columns, pitch = _shape(x, _NO_BIASES)
+    spec, x, _ = _read_by_gradient(spec, x, _NO_BIASES)
     blocks = max(triton.cdiv(count, _ERROR_ROWS), 1)
     sums = x.student.new_zeros((blocks, 3, columns), dtype=torch.float32)
     if count:
@@ -163,7 +164,7 @@ def row_errors(spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coeffici
             x, _NO_BIASES, rows.contiguous(), Coefficients(*(c.contiguous() for c in coefficients)),
             sums, count, columns, pitch, torch.finfo(x.student.dtype).eps,
             SPEC=spec, KNOWN=_known(spec), BLOCK=_ERROR_ROWS, WIDTH=_ERROR_WIDTH,
-            num_warps=_ERROR_WIDTH // 8 // _warp_size(),  # 128 bits of bf16 a thread
+            num_warps=_warps(_ERROR_WIDTH),
         )  # fmt: skip
     return sums.sum(0)
 
@@ -188,11 +189,22 @@ def launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **options: Any) 
     kernel[grid](*arguments, **options)
 
 
-def _warp_size() -> int:
+def _warps(columns: int) -> int:
+    """Of a program that reads `columns` of a row: each thread 8, which are 128 bits of bf16."""
     if triton.knobs.runtime.interpret:
-        return 32
+        return 1  # it has no threads
     size: int = triton.runtime.driver.active.get_current_target().warp_size
-    return size
+    return columns // 8 // size
+
+
+def _read_by_gradient(
+    spec: RowSpec, x: RowInputs, biases: Biases
+) -> tuple[RowSpec, RowInputs, Biases]:
+    """Without a teacher that no term has: no kernel of its own for what it does not read."""
+    if spec.forward_kl or spec.reverse_kl or spec.jsd:
+        return spec, x, biases
+    spec = replace(spec, teacher="absent", same_temperature=True)
+    return spec, x._replace(teacher=None), biases._replace(teacher=None)
 
 
 def _known(spec: RowSpec) -> Known:
