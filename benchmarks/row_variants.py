@@ -32,6 +32,7 @@ def variants(*, everything: bool) -> Iterator[tuple[str, RowSpec, str]]:
     if not everything:
         yield "no teacher", RowSpec(target=True), "fp32"
         yield "reverse", RowSpec(teacher="logits", reverse_kl=True, target=True), "fp32"
+        yield "statistics only", RowSpec(teacher="logits", reference="logits"), "fp32"
         capped = RowSpec(teacher="difference", forward_kl=True, softcap=True)
         yield "forward, softcap", capped, "fp32 all"
         largest = RowSpec(teacher="difference", reference="difference", jsd=True, target=True)

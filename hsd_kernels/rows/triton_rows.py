@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from hsd_kernels.rows import RowInputs, RowSpec, known_difference
+from hsd_kernels.rows import RowInputs, RowSpec, Source, known_difference
 from hsd_kernels.rows.buffers import PITCH_MULTIPLE
 from hsd_kernels.rows.partials import Partial
 from hsd_kernels.rows.triton_errors import column_error_kernel
@@ -23,8 +23,10 @@ from hsd_kernels.rows.triton_statistics import mixture_kernel, partials_kernel
 from hsd_kernels.rows.triton_tile import Biases, Known
 from hsd_kernels.statistics import Coefficients
 
-TILE = 2048  # columns; 8 of each side a thread, so that several programs fit a multiprocessor
-MERGED = 512  # tiles times rows that one program merges; with 1024 it would spill registers
+TILE = 2048  # columns
+_THREADS = TILE // 8  # of a program: each has 8 columns of a side, which are 128 bits of bf16
+MERGED = 512  # tiles times rows that one program merges
+_REGISTERS = 65_536  # of an NVIDIA multiprocessor
 _ROW_BLOCK = 128  # rows of one sum of column masses
 _ERROR_ROWS, _ERROR_WIDTH = 32, 1024  # and columns, of one sum of column errors
 _NO_BIASES = Biases()
@@ -57,7 +59,8 @@ def row_partials(
         launch(
             partials_kernel, (rows, triton.cdiv(tiles, tiles_per_program)),
             x, biases, parts, rows, columns, pitch, tiles, first_column,
-            SPEC=spec, KNOWN=_known(spec), TILE=TILE, RUN=tiles_per_program, num_warps=_warps(TILE),
+            SPEC=_first_reading(spec), KNOWN=_known(spec), TILE=TILE, RUN=tiles_per_program,
+            **_resources(_THREADS),
         )  # fmt: skip
     return parts
 
@@ -80,7 +83,7 @@ def merge_tiles(spec: RowSpec, parts: Tensor) -> Tensor:
     launch(
         merge_kernel, (triton.cdiv(rows, block), 1),
         parts, whole, rows, tiles,
-        SPEC=spec, KNOWN=_known(spec), TILES=padded, BLOCK=block, num_warps=4,
+        SPEC=_of_parts(spec), KNOWN=_known(spec), TILES=padded, BLOCK=block, **_resources(_THREADS),
     )  # fmt: skip
     return whole
 
@@ -108,7 +111,7 @@ def row_mixture(
         launch(
             mixture_kernel, (count, triton.cdiv(tiles, tiles_per_program)),
             x, biases, rows.contiguous(), sums, count, columns, pitch, tiles,
-            SPEC=spec, KNOWN=_known(spec), TILE=TILE, RUN=tiles_per_program, num_warps=_warps(TILE),
+            SPEC=spec, KNOWN=_known(spec), TILE=TILE, RUN=tiles_per_program, **_resources(_THREADS),
         )  # fmt: skip
     return sums
 
@@ -147,7 +150,7 @@ def row_grad(
             gradient_kernel, (count, triton.cdiv(tiles, tiles_per_program)),
             x, biases, rows.contiguous(), Coefficients(*(c.contiguous() for c in coefficients)),
             out, masses, count, columns, pitch, out.stride(0), tiles,
-            SPEC=spec, KNOWN=_known(spec), TILE=TILE, RUN=tiles_per_program, num_warps=_warps(TILE),
+            SPEC=spec, KNOWN=_known(spec), TILE=TILE, RUN=tiles_per_program, **_resources(_THREADS),
         )  # fmt: skip
     return masses.sum(0)
 
@@ -164,7 +167,7 @@ def row_errors(spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coeffici
             x, _NO_BIASES, rows.contiguous(), Coefficients(*(c.contiguous() for c in coefficients)),
             sums, count, columns, pitch, torch.finfo(x.student.dtype).eps,
             SPEC=spec, KNOWN=_known(spec), BLOCK=_ERROR_ROWS, WIDTH=_ERROR_WIDTH,
-            num_warps=_warps(_ERROR_WIDTH),
+            **_resources(_ERROR_WIDTH // 8),
         )  # fmt: skip
     return sums.sum(0)
 
@@ -189,12 +192,38 @@ def launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **options: Any) 
     kernel[grid](*arguments, **options)
 
 
-def _warps(columns: int) -> int:
-    """Of a program that reads `columns` of a row: each thread 8, which are 128 bits of bf16."""
+def _resources(threads: int) -> dict[str, int]:
+    """Warps of a program and, on NVIDIA, registers of a thread with which two programs still fit.
+
+    Given no limit, ptxas spills a few bytes here and there to fit one more program.
+    """
     if triton.knobs.runtime.interpret:
-        return 1  # it has no threads
-    size: int = triton.runtime.driver.active.get_current_target().warp_size
-    return columns // 8 // size
+        return {}
+    target = triton.runtime.driver.active.get_current_target()
+    warps = {"num_warps": threads // target.warp_size}
+    if target.backend != "cuda":
+        return warps
+    return warps | {"maxnreg": min(_REGISTERS // (2 * threads), 255)}
+
+
+def _first_reading(spec: RowSpec) -> RowSpec:
+    """The jsd takes the sums of both divergences: no kernel of its own for the same."""
+    return replace(spec, forward_kl=True, reverse_kl=True, jsd=False) if spec.jsd else spec
+
+
+def _of_parts(spec: RowSpec) -> RowSpec:
+    """What of a specification is left to see in statistics, beside known differences."""
+
+    def present(source: Source) -> Source:
+        return "absent" if source == "absent" else "logits"
+
+    return replace(
+        _first_reading(spec),
+        teacher=present(spec.teacher),
+        reference=present(spec.reference),
+        softcap=False,
+        same_temperature=True,
+    )
 
 
 def _read_by_gradient(
