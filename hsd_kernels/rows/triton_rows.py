@@ -60,7 +60,7 @@ def row_partials(
             partials_kernel, (rows, triton.cdiv(tiles, tiles_per_program)),
             x, biases, parts, rows, columns, pitch, tiles, first_column,
             SPEC=_first_reading(spec), KNOWN=_known(spec), TILE=TILE, RUN=tiles_per_program,
-            **_resources(_THREADS),
+            **_resources(spec, _THREADS),
         )  # fmt: skip
     return parts
 
@@ -83,7 +83,7 @@ def merge_tiles(spec: RowSpec, parts: Tensor) -> Tensor:
     launch(
         merge_kernel, (triton.cdiv(rows, block), 1),
         parts, whole, rows, tiles,
-        SPEC=_of_parts(spec), KNOWN=_known(spec), TILES=padded, BLOCK=block, **_resources(_THREADS),
+        SPEC=_of_parts(spec), KNOWN=_known(spec), TILES=padded, BLOCK=block, **_resources(spec, _THREADS),
     )  # fmt: skip
     return whole
 
@@ -111,7 +111,7 @@ def row_mixture(
         launch(
             mixture_kernel, (count, triton.cdiv(tiles, tiles_per_program)),
             x, biases, rows.contiguous(), sums, count, columns, pitch, tiles,
-            SPEC=spec, KNOWN=_known(spec), TILE=TILE, RUN=tiles_per_program, **_resources(_THREADS),
+            SPEC=spec, KNOWN=_known(spec), TILE=TILE, RUN=tiles_per_program, **_resources(spec, _THREADS),
         )  # fmt: skip
     return sums
 
@@ -150,7 +150,7 @@ def row_grad(
             gradient_kernel, (count, triton.cdiv(tiles, tiles_per_program)),
             x, biases, rows.contiguous(), Coefficients(*(c.contiguous() for c in coefficients)),
             out, masses, count, columns, pitch, out.stride(0), tiles,
-            SPEC=spec, KNOWN=_known(spec), TILE=TILE, RUN=tiles_per_program, **_resources(_THREADS),
+            SPEC=spec, KNOWN=_known(spec), TILE=TILE, RUN=tiles_per_program, **_resources(spec, _THREADS),
         )  # fmt: skip
     return masses.sum(0)
 
@@ -167,7 +167,7 @@ def row_errors(spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coeffici
             x, _NO_BIASES, rows.contiguous(), Coefficients(*(c.contiguous() for c in coefficients)),
             sums, count, columns, pitch, torch.finfo(x.student.dtype).eps,
             SPEC=spec, KNOWN=_known(spec), BLOCK=_ERROR_ROWS, WIDTH=_ERROR_WIDTH,
-            **_resources(_ERROR_WIDTH // 8),
+            **_resources(spec, _ERROR_WIDTH // 8),
         )  # fmt: skip
     return sums.sum(0)
 
@@ -192,9 +192,10 @@ def launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **options: Any) 
     kernel[grid](*arguments, **options)
 
 
-def _resources(threads: int) -> dict[str, int]:
-    """Warps of a program and, on NVIDIA, registers of a thread with which two programs still fit.
+def _resources(spec: RowSpec, threads: int) -> dict[str, int]:
+    """Warps of a program and, on NVIDIA, a limit of registers: two programs fit a multiprocessor.
 
+    One where a row has three sides, which may need more than 128 registers of a thread of 256.
     Given no limit, ptxas spills a few bytes here and there to fit one more program.
     """
     if triton.knobs.runtime.interpret:
@@ -203,7 +204,8 @@ def _resources(threads: int) -> dict[str, int]:
     warps = {"num_warps": threads // target.warp_size}
     if target.backend != "cuda":
         return warps
-    return warps | {"maxnreg": min(_REGISTERS // (2 * threads), 255)}
+    programs = 1 if "absent" not in (spec.teacher, spec.reference) else 2
+    return warps | {"maxnreg": min(_REGISTERS // (programs * threads), 255)}
 
 
 def _first_reading(spec: RowSpec) -> RowSpec:
