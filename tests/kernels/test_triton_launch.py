@@ -295,6 +295,16 @@ def test_traffic_is_that_of_the_model(name, source, dtype, out):
     assert traffic.read == pytest.approx(out.itemsize * elements, rel=0.05)
 
 
+def test_a_gradient_does_not_read_a_teacher_that_no_term_has():
+    draw = Draw((2,), vocab=2 * TILE + 1)
+    logits = {side: draw.normal(2, draw.vocab) for side in SIDES}
+    rows = plain_rows(RowSpec(teacher="logits"), logits)
+    statistics = rows.statistics()
+    with counted_traffic() as traffic:
+        rows.gradient(statistics, "entropy")
+    assert traffic.read == pytest.approx(4 * rows.stored["student"].numel(), rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
