@@ -42,7 +42,7 @@ def read_sass(compiled: Any) -> tuple[int, int, list[Line]]:
         sass = _output(tool, "-sass", path)
     (registers,) = re.findall(r"REG:(\d+)", usage)
     spilled = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
-    code = []
+    code, accesses = [], 0
     pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);"
     for place, opcode, operands in re.findall(pattern, sass):
         jump = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
@@ -55,8 +55,8 @@ def read_sass(compiled: Any) -> tuple[int, int, list[Line]]:
                 counts=opcode not in ("NOP", "EXIT"),
             )
         )
-        spilled += 4 * opcode.startswith(("LDL", "STL"))
-    return int(registers), spilled, code
+        accesses += opcode.startswith(("LDL", "STL"))
+    return int(registers), spilled or 4 * accesses, code
 
 
 def read_amdgcn(compiled: Any) -> tuple[int, int, list[Line]]:
