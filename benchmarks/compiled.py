@@ -138,7 +138,7 @@ def compile_variant(spec: RowSpec, storage: str) -> list[tuple[str, Any, int]]:
         if spec.jsd:
             triton_rows.row_mixture(spec, x, statistics)
         triton_rows.row_grad(spec, x, statistics, Coefficients(*[one] * 7), out)
-        triton_rows.column_mass(out)
+        triton_rows.masses(out)
         if storage == "bf16" and not spec.softcap:
             triton_rows.row_errors(spec, x, statistics, Coefficients(*[one] * 7))
     finally:

@@ -45,7 +45,7 @@ def kernels_of(problem: Problem, *, fused: bool) -> RowKernels:
         grad=triton_rows.row_grad,
         errors=triton_rows.row_errors,
         checked=None,
-        column_mass=triton_rows.column_mass,
+        masses=triton_rows.masses,
         stats=_merged_statistics,
     )
 
@@ -68,26 +68,28 @@ def _merged_statistics(spec: RowSpec, x: RowInputs) -> Tensor:
     return finish_mixture(rows, triton_rows.row_mixture(spec, x, rows), x)
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor, *, rounded: bool = False) -> None:
+def multiply(
+    a: Tensor, b: Tensor, out: Tensor, *, rounded: bool = False, product: Tensor | None = None
+) -> None:
     """out = a b, accumulated and stored in `out`'s dtype; a is (N, K), b (K, M).
 
-    `rounded`: it may go through the operands' dtype where this build has no wider output.
+    `rounded`: it may go through the operands' dtype where this build has no wider output; through
+    `product`, memory of that dtype, where given.
     """
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif _wide_output(a.device, a.dtype):
         torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif product is not None:
+        out.copy_(torch.mm(a, b, out=product))
     elif rounded:
         out.copy_(torch.mm(a, b))
     else:
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
-def multiply_add(total: Tensor, a: Tensor, b: Tensor, *, product: Tensor | None = None) -> None:
-    """total += a b, in the dtype of `total`.
-
-    `product`: memory in the operands' dtype that the product may go through, as above.
-    """
+def multiply_add(a: Tensor, b: Tensor, total: Tensor, *, product: Tensor | None = None) -> None:
+    """total += a b, as above."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif _wide_output(a.device, a.dtype):

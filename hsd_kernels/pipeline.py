@@ -6,14 +6,15 @@ It knows no divergence: what a row's statistics mean is in `statistics`, how a l
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from hsd_kernels.backends import kernels_of, multiply, multiply_add
+from hsd_kernels.accumulation import Solution, Work, accumulate, empty_solution
+from hsd_kernels.backends import kernels_of, multiply
 from hsd_kernels.differentiation import token_loss
-from hsd_kernels.parallel import Shard, shard_of
+from hsd_kernels.parallel import shard_of
 from hsd_kernels.passes import (
     Formed,
     Group,
@@ -24,16 +25,13 @@ from hsd_kernels.passes import (
     provided_statistics,
     row_inputs,
 )
-from hsd_kernels.plan import Plan, RowGroup
+from hsd_kernels.plan import RowGroup
 from hsd_kernels.precision import formed as refined_chunk
 from hsd_kernels.problem import Problem
-from hsd_kernels.rows import RowKernels
-from hsd_kernels.sparse import kept_columns
 from hsd_kernels.statistics import STATISTICS, coefficients
 from hsd_kernels.top_k import TopK, most_likely
 from hsd_kernels.workspace import (
     Wanted,
-    Workspace,
     allocate,
     operand_dtype,
     plan_of,
@@ -41,36 +39,6 @@ from hsd_kernels.workspace import (
     with_fp32_logits,
     within,
 )
-
-
-@dataclass
-class Solution:
-    """Loss (), statistics with 0 where they were not computed, gradients, and what ran.
-
-    Gradients that were not wanted are None; so is the head's where the caller gave an accumulator.
-    """
-
-    loss: Tensor
-    statistics: Tensor  # (len(STATISTICS), N)
-    mass: Tensor  # (3, N) L1 norm of a row's logit gradient, the part dropped, its columns kept
-    top: TopK  # (2, N, k) student's and teacher's
-    student_grad: Tensor | None  # (N, D)
-    weight_grad: Tensor | None  # (V', D)
-    bias_grad: Tensor | None  # (V',)
-    plan: Plan
-
-
-@dataclass
-class Work:
-    """What every chunk of a call uses."""
-
-    problem: Problem
-    wanted: Wanted
-    shard: Shard
-    plan: Plan
-    kernels: RowKernels
-    memory: Workspace
-    fp32: Work | None = None  # of the chunks that bf16 logits do not do for
 
 
 def solve(problem: Problem, wanted: Wanted) -> Solution:
@@ -93,7 +61,7 @@ def solve(problem: Problem, wanted: Wanted) -> Solution:
         kernels=kernels_of(problem, fused=plan.fused),
         memory=allocate(problem, wanted, plan, sides=sides, columns=shard.columns),
     )
-    solution = _empty_solution(problem, wanted, plan)
+    solution = empty_solution(problem, wanted, plan, columns=shard.columns if groups else 0)
     for group in groups:
         for rows in torch.split(group.rows, plan.rows_per_chunk):
             _chunk(work, group, rows, solution)
@@ -117,25 +85,6 @@ def _groups(problem: Problem) -> list[Group]:
             if rows.numel():
                 groups.append(Group(rows, teacher, reference))
     return groups
-
-
-def _empty_solution(problem: Problem, wanted: Wanted, plan: Plan) -> Solution:
-    count, hidden_size = problem.student.shape
-    rows = problem.weight.shape[0]
-    new, dtype = problem.student.new_zeros, problem.compute_dtype
-    head_grad = problem.weight_grad_out
-    if wanted.weight and head_grad is None:
-        head_grad = new((rows, hidden_size), dtype=dtype)
-    return Solution(
-        loss=new((), dtype=dtype),
-        statistics=new((len(STATISTICS), count), dtype=dtype),
-        mass=new((3, count), dtype=dtype),
-        top=TopK.empty(problem),
-        student_grad=new((count, hidden_size), dtype=dtype) if wanted.student else None,
-        weight_grad=head_grad if wanted.weight else None,
-        bias_grad=new((rows,), dtype=dtype) if wanted.bias else None,
-        plan=plan,
-    )
 
 
 def _chunk(work: Work, group: Group, rows: Tensor, solution: Solution) -> None:
@@ -164,7 +113,7 @@ def _chunk(work: Work, group: Group, rows: Tensor, solution: Solution) -> None:
     solution.plan = replace(solution.plan, refined_columns=refined)
     if found.gradient is not None and found.mass is not None:
         solution.mass[0, rows] = found.mass
-        _accumulate(work, solution, found.gradient, hidden, rows)
+        accumulate(work, solution, found.gradient, hidden, rows)
 
 
 def _chunk_in_fp32(work: Work, group: Group, rows: Tensor, solution: Solution) -> None:
@@ -250,53 +199,3 @@ def _logits(work: Work, group: Group, rows: Tensor, hidden: Tensor) -> list[Tens
     order = {id(side): block for (side, _), block in zip(sides, blocks[1:], strict=True)}
     given = (side for side in (group.teacher, group.reference) if side is not None)
     return [blocks[0], *(order[id(side)] for side in given)]
-
-
-def _accumulate(
-    work: Work, solution: Solution, gradient: Tensor, hidden: Tensor, rows: Tensor
-) -> None:
-    """The two backward GEMMs of a chunk, dX = G W and dW += G^T X: whole, or on kept columns."""
-    settings, head = work.problem.settings, work.memory.heads.student
-    rounded = settings.precision == "difference"
-    columns = None
-    if settings.sparse_tolerance is not None:
-        columns = kept_columns(
-            work.kernels.column_mass(gradient),
-            tolerance=settings.sparse_tolerance,
-            max_columns=settings.sparse_max_columns,
-        )
-    if columns is not None:
-        if gradient.dtype != solution.mass.dtype:  # whose rounding would pass for what is dropped
-            solution.mass[0, rows] = torch.linalg.vector_norm(
-                gradient, ord=1, dim=-1, dtype=solution.mass.dtype
-            )
-        gradient, head = gradient[:, columns], head[columns]
-        kept = gradient.abs().sum(-1, dtype=solution.mass.dtype)
-        solution.mass[1, rows] = (solution.mass[0, rows] - kept).clamp(min=0)
-    solution.mass[2, rows] = gradient.shape[1]
-    if solution.student_grad is not None:
-        own = solution.student_grad.new_empty((len(rows), head.shape[1]))
-        multiply(gradient, head, own, rounded=rounded)
-        solution.student_grad[rows] = own
-    if solution.bias_grad is not None:
-        _add_rows(
-            solution.bias_grad[: work.shard.columns],
-            columns,
-            gradient.sum(0, dtype=solution.bias_grad.dtype),
-        )
-    if solution.weight_grad is None:
-        return
-    used = solution.weight_grad[: work.shard.columns]
-    if columns is None:
-        multiply_add(used, gradient.t(), hidden, product=work.memory.product)
-        return
-    part = used.new_empty((len(columns), hidden.shape[1]))
-    multiply(gradient.t(), hidden, part, rounded=rounded)
-    _add_rows(used, columns, part)
-
-
-def _add_rows(total: Tensor, rows: Tensor | None, part: Tensor) -> None:
-    if rows is None:
-        total += part
-    else:
-        total.index_add_(0, rows, part)

@@ -7,16 +7,15 @@ logits of the tokens that carry mass, and b near their differences, it is smalle
 `addmm` starts its fp32 sums at -a, so that nothing is rounded before.
 
 What is left is mostly the error of columns that are likely in some row. Where the backend has the
-kernels for it, these are refined beforehand, and the error of the rest comes with its gradient.
-Elsewhere, and where that does not do, the error of the gradient and of the KLs is estimated column
-by column (`row_errors`), and where it exceeds `TOLERANCE`, the columns with the largest share are
-refined: computed again in fp32, their parts of the statistics merged with those of the rest, and
-their columns of the gradient formed from the fp32 values. A chunk that needs more than
+kernels for it, these are refined beforehand, and the error of the rest is read from some of the
+rows. Elsewhere, and where that does not do, the error of the gradient and of the KLs is estimated
+column by column (`row_errors`), and where it exceeds `TOLERANCE`, the columns with the largest
+share are refined: computed again in fp32, their parts of the statistics merged with those of the
+rest, and their columns of the gradient formed from the fp32 values. A chunk that needs more than
 `LARGEST_SHARE` of its columns is computed with fp32 logits.
 
-Where no gradient is wanted, the error is that of the statistics, read from some of the rows. Where
-it exceeds `TOLERANCE` the chunk is computed with fp32 logits: to learn which columns to refine
-would cost as much.
+Where no gradient is wanted, the error is that of the statistics. Where it exceeds `TOLERANCE` the
+chunk is computed with fp32 logits: to learn which columns to refine would cost as much.
 """
 
 from __future__ import annotations
@@ -32,15 +31,14 @@ from hsd_kernels.differentiation import token_loss
 from hsd_kernels.passes import Formed, Group, chunk_passes, merged_statistics, row_inputs
 from hsd_kernels.plan import LARGEST_SHARE
 from hsd_kernels.problem import Problem
+from hsd_kernels.row_sample import row_sample, sample_size
 from hsd_kernels.rows import CheckedKernels, RowInputs, RowKernels, RowSpec
 from hsd_kernels.rows.mixture import finish_mixture
 from hsd_kernels.rows.partials import Partial, finish, merge
-from hsd_kernels.rows.torch_logits import of_rows
+from hsd_kernels.rows.torch_logits import block_size, of_rows
 from hsd_kernels.statistics import Coefficients, coefficients
 
 TOLERANCE = 0.005  # expected relative error of a chunk that needs no refinement
-_SAMPLED_ROWS = 64  # the least that an error of statistics is read from, in a chunk that has them
-_SAMPLED_SHARE = 8  # and one in so many
 LIKELY_SHARE = 1 / 64  # of the columns, that may be refined before an error is known
 
 
@@ -102,8 +100,8 @@ def _likely_refined(given: _Given, kernels: CheckedKernels, buffers: Tensor) -> 
     """The chunk with its likeliest columns in fp32; None where that leaves too large an error.
 
     What rounding does is mostly done to the few columns that are likely in many rows. With these
-    refined beforehand a chunk is read once for its statistics and once for its gradient, which
-    brings its error along; some of it is read for the error of statistics alone.
+    refined beforehand a chunk is read once for its statistics and once for its gradient, and some
+    of it for the error of either.
     """
     spec, chunk, x = _read(given, buffers)
     columns = _likely_columns(kernels.likely(spec, x), x.student.shape[1])
@@ -111,28 +109,46 @@ def _likely_refined(given: _Given, kernels: CheckedKernels, buffers: Tensor) -> 
     if len(columns):
         blocks = refined(given.problem, chunk, x, given.head, columns)
     found = _evaluated(given, spec, blocks, chunk)
-    if not given.differentiate:
-        error = _statistics_error(kernels, spec, blocks, found.values)
-        return found.formed(None, None, len(columns)) if error <= TOLERANCE else None
-    mass = torch.zeros_like(found.loss).expand(len(given.rows))
-    errors = torch.zeros(3, dtype=torch.float64)
-    for block in blocks:
-        own_mass, own_errors = kernels.checked_grad(spec, block.x, found.values, found.along)
-        mass, errors = mass + own_mass, errors + own_errors.sum(-1, dtype=torch.float64)
-    if bool(_squared_error(errors, len(given.rows)) > TOLERANCE**2):
+    error = _gradient_error if given.differentiate else _statistics_error
+    if error(kernels, spec, blocks, found) > TOLERANCE:
         return None
-    return found.formed(_whole(blocks), mass, len(columns))
+    return _with_gradient(given, spec, blocks, found, len(columns))
+
+
+def _with_gradient(
+    given: _Given, spec: RowSpec, blocks: list[Block], found: _Evaluated, refined: int
+) -> Formed:
+    """What was found, and the gradient in the place of the logits where one is wanted."""
+    if not given.differentiate:
+        return found.formed(None, None, refined)
+    mass = torch.zeros_like(found.loss).expand(len(given.rows))
+    for block in blocks:
+        mass = mass + given.kernels.grad(spec, block.x, found.values, found.along, block.x.student)
+    return found.formed(_whole(blocks), mass, refined)
+
+
+def _gradient_error(
+    kernels: CheckedKernels, spec: RowSpec, blocks: list[Block], found: _Evaluated
+) -> float:
+    """What gradient and KLs of a chunk are expected to be off by, relative, read from a sample."""
+    x = blocks[0].x
+    sample = row_sample(found.values, found.along, x.inverse_temperature)
+    pieces = math.ceil(len(sample.rows) / block_size(x))  # copies of rows: few at a time
+    errors = torch.zeros(3, dtype=torch.float64)
+    for rows, weights in zip(*(torch.tensor_split(s, pieces) for s in sample), strict=True):
+        values, along = found.values[:, rows], Coefficients(*(c[rows] for c in found.along))
+        for block in blocks:
+            squares = kernels.gradient_errors(spec, of_rows(block.x, rows), values, along)
+            errors += squares.double() @ weights
+    return _squared_error(errors, found.values.shape[1]).sqrt().item()
 
 
 def _statistics_error(
-    kernels: CheckedKernels, spec: RowSpec, blocks: list[Block], values: Tensor
+    kernels: CheckedKernels, spec: RowSpec, blocks: list[Block], found: _Evaluated
 ) -> float:
-    """Root mean square of what the statistics of some of the rows are expected to be off by.
-
-    Args:
-        values: (len(Row), C) the statistics.
-    """
-    sampled = slice(None, None, min(max(1, values.shape[1] // _SAMPLED_ROWS), _SAMPLED_SHARE))
+    """Root mean square of what the statistics of some of the rows are expected to be off by."""
+    values = found.values  # (len(Row), C)
+    sampled = slice(None, None, values.shape[1] // sample_size(values.shape[1]))
     squares = [
         kernels.statistics_errors(spec, of_rows(block.x, sampled), values[:, sampled])
         for block in blocks
@@ -167,10 +183,7 @@ def _refined_as_estimated(given: _Given, buffers: Tensor) -> Formed | None:
     if len(columns):
         blocks = refined(given.problem, chunk, x, given.head, columns)
         found = _evaluated(given, spec, blocks, chunk)
-    mass = torch.zeros_like(found.loss).expand(len(given.rows))
-    for block in blocks:
-        mass = mass + given.kernels.grad(spec, block.x, found.values, found.along, block.x.student)
-    return found.formed(_whole(blocks), mass, len(columns))
+    return _with_gradient(given, spec, blocks, found, len(columns))
 
 
 def _whole(blocks: list[Block]) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+_CPU_ROWS = 512  # that are rounded at a time
+
 
 def scaled(gradient: Tensor, upstream: Tensor, of: Tensor) -> Tensor:
     """What a backward returns; `gradient`, which it had saved, may be gone after it.
@@ -26,7 +28,12 @@ def scaled(gradient: Tensor, upstream: Tensor, of: Tensor) -> Tensor:
 
 def product(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """Rounded as it is written: `(gradient * upstream).to(dtype)` would hold both."""
-    return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
+    found = torch.empty_like(gradient, dtype=dtype)
+    # A CPU would hold them for `torch.mul(..., out=found)` too.
+    size = _CPU_ROWS if gradient.device.type == "cpu" else max(len(gradient), 1)
+    for out, rows in zip(torch.split(found, size), torch.split(gradient, size), strict=True):
+        torch.mul(rows, upstream, out=out)
+    return found
 
 
 def _last_use(saved: Tensor) -> bool:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-_MARGIN = 1 - 2**-10  # of the tolerance, so that rounding of the sums cannot break the certificate
+_MARGIN = 2**-10  # of the tolerance, and
+_ROUNDING = 2**-22  # of the mass: so that rounding of fp32 sums cannot break the certificate
 _WORTHWHILE = 0.5  # share of the columns above which gathering them costs more than it saves
 
 
@@ -26,7 +27,7 @@ def kept_columns(mass: Tensor, *, tolerance: float, max_columns: int | None) -> 
         max_columns: a chunk that needs more runs dense.
     """
     ordered, columns = mass.double().sort(descending=True, stable=True)
-    enough = (1 - tolerance * _MARGIN) * ordered.sum()
+    enough = (1 - max(tolerance * (1 - _MARGIN) - _ROUNDING, 0)) * ordered.sum()
     count = int((ordered.cumsum(0) < enough).sum()) + 1
     limit = int(_WORTHWHILE * len(mass)) if max_columns is None else max_columns
     if count > limit:

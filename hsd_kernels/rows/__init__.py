@@ -65,13 +65,13 @@ def known_difference(spec: RowSpec, source: Source, *, of_teacher: bool) -> bool
 class CheckedKernels(NamedTuple):
     """What a chunk of bf16 logits takes that is refined before its error is known.
 
-    `checked_grad(spec, x, rows, c)` is `row_grad` in place of the student, and returns beside its
-    masses (C,) the sums of `row_errors` over columns instead of rows, (3, C).
-    `statistics_errors(spec, x, rows)` reads what a gradient is not formed for.
+    Both errors are read from some of the rows: `gradient_errors(spec, x, rows, c)` are the sums of
+    `row_errors` over columns instead of rows, `statistics_errors(spec, x, rows)` is for where no
+    gradient is formed.
     """
 
     likely: Callable[[RowSpec, RowInputs], Tensor]  # (C, n) int64 the likeliest columns of each row
-    checked_grad: Callable[..., tuple[Tensor, Tensor]]
+    gradient_errors: Callable[..., Tensor]  # (3, C) expected squares, and the gradient's
     statistics_errors: Callable[[RowSpec, RowInputs, Tensor], Tensor]  # (C,) expected squares
 
 
@@ -83,5 +83,6 @@ class RowKernels(NamedTuple):
     grad: Callable[..., Tensor]
     errors: Callable[..., Tensor]
     checked: CheckedKernels | None
-    column_mass: Callable[[Tensor], Tensor]  # (V,) L1 norms of the columns of a gradient (C, V)
+    masses: Callable[[Tensor], tuple[Tensor, Tensor]]  # of a gradient (C, V): L1 norms of its
+    # columns (V,) and rows (C,)
     stats: Callable[[RowSpec, RowInputs], Tensor]  # (len(Row), C) of whole rows

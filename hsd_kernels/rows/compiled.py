@@ -18,6 +18,7 @@ _RECOMPUTE: dict[str, str | int | bool | Callable[..., Any]] = {
     "realize_reads_threshold": 1000,
     "realize_opcount_threshold": 10_000,
     "realize_acc_reads_threshold": 10_000,
+    "cpp.enable_floating_point_contract_flag": "fast",
 }
 
 

@@ -136,31 +136,24 @@ def _row_errors(spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coeffic
     return torch.stack([each.sum(0) for each in (error, gradient.square(), value)])
 
 
-def _row_checked_grad(
+def _row_gradient_errors(
     spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coefficients
 ) -> Tensor:
     gradient, error, value = squares(spec, x, rows, coefficients)
-    x.student.copy_(gradient)
-    sums = (gradient.abs(), error, gradient.square(), value)
-    return torch.stack([each.sum(-1) for each in sums])
+    return torch.stack([each.sum(-1) for each in (error, gradient.square(), value)])
 
 
-def row_checked_grad(
+def row_gradient_errors(
     spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coefficients, *, fused: bool
-) -> tuple[Tensor, Tensor]:
-    """`row_grad` in place of `x.student`, and its errors: mass (C,), and (3, C) sums over columns.
-
-    The sums are those of `row_errors`, of rows in place of columns.
-    """
+) -> Tensor:
+    """The sums of `row_errors`, of rows in place of columns, (3, C)."""
     if fused:
-        found = compiled(_row_checked_grad, spec)(x, rows, coefficients)
-    else:
-        parts = []
-        for b, part in row_blocks(x):
-            own = Coefficients(*(c[b] for c in coefficients))
-            parts.append(_row_checked_grad(spec, part, rows[:, b], own))
-        found = torch.cat(parts, dim=-1)
-    return found[0], found[1:]
+        return compiled(_row_gradient_errors, spec)(x, rows, coefficients)
+    parts = []
+    for b, part in row_blocks(x):
+        own = Coefficients(*(c[b] for c in coefficients))
+        parts.append(_row_gradient_errors(spec, part, rows[:, b], own))
+    return torch.cat(parts, dim=-1)
 
 
 def _of_log_probs(

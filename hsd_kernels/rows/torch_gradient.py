@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,9 @@ from hsd_kernels.rows.mixture import log_mixture_ratio, mass_difference
 from hsd_kernels.rows.torch_logits import (
     PLAIN_BLOCK_ELEMENTS,
     ChunkLogits,
+    block_size,
     chunk_logits,
+    of_rows,
     row_blocks,
     step,
     teacher_ratio,
@@ -80,6 +84,8 @@ def row_grad(
 
     `out` may be `x.student`: an element is read before it is written.
     """
+    if fused and out is x.student and out.element_size() < 4:
+        return _row_grad_by_blocks(spec, x, rows, coefficients)
     if fused:
         # Given twice, the buffer would be copied: torch.compile takes inputs apart that overlap.
         elsewhere = None if out is x.student else out
@@ -91,10 +97,33 @@ def row_grad(
     return torch.cat(masses)
 
 
-def column_mass(gradient: Tensor) -> Tensor:
-    """sum |gradient| (C, V) of each column, (V,) fp64."""
+def _row_grad_by_blocks(
+    spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coefficients
+) -> Tensor:
+    """`row_grad` in place of narrow logits, through a block of rows that stays in cache.
+
+    Half a vector is stored masked, and a load beside it, whose vector overlaps the masked half,
+    waits for the store: written where it is read, a row takes 1.7 times as long.
+    """
+    size = math.ceil(block_size(x) / torch.get_num_threads()) * torch.get_num_threads()
+    block = torch.empty_like(x.student[:size])
+    masses = []
+    for start in range(0, len(x.student), size):
+        b = slice(start, start + size)
+        part, own = of_rows(x, b), Coefficients(*(c[b] for c in coefficients))
+        out = block[: len(part.student)]
+        masses.append(compiled(_row_grad, spec)(part, rows[:, b], own, out))
+        part.student.copy_(out)
+    return torch.cat(masses)
+
+
+def masses(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """sum |gradient| (C, V) of each column, (V,) fp64, and of each row, (C,)."""
     # Of few rows at a time: these sums vectorise, and those in fp64 do not.
-    masses = torch.zeros(gradient.shape[1], dtype=torch.float64, device=gradient.device)
+    of_columns = torch.zeros(gradient.shape[1], dtype=torch.float64, device=gradient.device)
+    of_rows = []
     for block in torch.split(gradient, max(1, PLAIN_BLOCK_ELEMENTS // max(gradient.shape[1], 1))):
-        masses += block.abs().to(torch.promote_types(block.dtype, torch.float32)).sum(0)
-    return masses
+        sizes = block.abs().to(torch.promote_types(block.dtype, torch.float32))
+        of_columns += sizes.sum(0)
+        of_rows.append(sizes.sum(-1))
+    return of_columns, torch.cat(of_rows)

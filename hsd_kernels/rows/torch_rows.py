@@ -23,8 +23,8 @@ from hsd_kernels.rows.mixture import (
     remainder,
 )
 from hsd_kernels.rows.partials import Partial, finish, pairs
-from hsd_kernels.rows.torch_errors import row_checked_grad, row_errors, row_statistics_errors
-from hsd_kernels.rows.torch_gradient import column_mass, row_grad
+from hsd_kernels.rows.torch_errors import row_errors, row_gradient_errors, row_statistics_errors
+from hsd_kernels.rows.torch_gradient import masses, row_grad
 from hsd_kernels.rows.torch_logits import (
     block_size,
     chunk_logits,
@@ -36,7 +36,8 @@ from hsd_kernels.rows.torch_logits import (
 from hsd_kernels.statistics import Row
 
 _PAIRS: Final = (Partial.FORWARD_ANCHOR, Partial.REVERSE_ANCHOR, Partial.REFERENCE_ANCHOR)
-_LOST_DIGITS: Final = 64.0  # of a mean's square to its excess: more would cost the KL its digits
+_LARGEST_MEAN: Final = 20.0  # nats
+_LARGEST_MOVE: Final = 32.0  # of an excess, beside what is left: more would cost the KL its digits
 
 _LANES: Final = 32  # of a row, column by column in turn; each has a likeliest
 _LIKELIEST: Final = 2  # of these, on each side
@@ -165,10 +166,10 @@ def row_kernels(*, fused: bool) -> RowKernels:
         errors=functools.partial(row_errors, fused=fused),
         checked=CheckedKernels(
             likely=functools.partial(row_likely, fused=fused),
-            checked_grad=functools.partial(row_checked_grad, fused=fused),
+            gradient_errors=functools.partial(row_gradient_errors, fused=fused),
             statistics_errors=functools.partial(row_statistics_errors, fused=fused),
         ),
-        column_mass=column_mass,
+        masses=masses,
         stats=functools.partial(row_stats, fused=fused),
     )
 
@@ -195,11 +196,12 @@ def _moved_partials(spec: RowSpec, x: RowInputs, means: Tensor, *, fused: bool) 
 
 
 def _ill_conditioned(spec: RowSpec, part: Tensor) -> Tensor:
-    """Rows (n,) int64 with a mean too large beside the excess that was moved by it."""
+    """Rows (n,) int64 whose excess is small beside what was subtracted to move it to its mean."""
     chosen = torch.zeros(part.shape[-1], dtype=torch.bool)
     for pair, _ in pairs(spec):
-        mean, excess = part[pair.anchor + 1], part[pair.anchor + 2]
-        chosen |= (mean.square() > _LOST_DIGITS * excess) | (mean.abs() > 1)
+        mean, excess = part[pair.anchor + 1].double(), part[pair.anchor + 2].double()
+        subtracted = torch.where(mean.abs() < SERIES_RADIUS, remainder(mean), mean.expm1() - mean)
+        chosen |= (subtracted > _LARGEST_MOVE * excess * mean.exp()) | (mean.abs() > _LARGEST_MEAN)
     return chosen.nonzero().squeeze(-1)
 
 

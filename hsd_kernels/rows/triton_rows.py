@@ -83,7 +83,8 @@ def merge_tiles(spec: RowSpec, parts: Tensor) -> Tensor:
     launch(
         merge_kernel, (triton.cdiv(rows, block), 1),
         parts, whole, rows, tiles,
-        SPEC=_of_parts(spec), KNOWN=_known(spec), TILES=padded, BLOCK=block, **_resources(spec, _THREADS),
+        SPEC=_of_parts(spec), KNOWN=_known(spec), TILES=padded, BLOCK=block,
+        **_resources(spec, _THREADS),
     )  # fmt: skip
     return whole
 
@@ -111,7 +112,8 @@ def row_mixture(
         launch(
             mixture_kernel, (count, triton.cdiv(tiles, tiles_per_program)),
             x, biases, rows.contiguous(), sums, count, columns, pitch, tiles,
-            SPEC=spec, KNOWN=_known(spec), TILE=TILE, RUN=tiles_per_program, **_resources(spec, _THREADS),
+            SPEC=spec, KNOWN=_known(spec), TILE=TILE, RUN=tiles_per_program,
+            **_resources(spec, _THREADS),
         )  # fmt: skip
     return sums
 
@@ -150,7 +152,8 @@ def row_grad(
             gradient_kernel, (count, triton.cdiv(tiles, tiles_per_program)),
             x, biases, rows.contiguous(), Coefficients(*(c.contiguous() for c in coefficients)),
             out, masses, count, columns, pitch, out.stride(0), tiles,
-            SPEC=spec, KNOWN=_known(spec), TILE=TILE, RUN=tiles_per_program, **_resources(spec, _THREADS),
+            SPEC=spec, KNOWN=_known(spec), TILE=TILE, RUN=tiles_per_program,
+            **_resources(spec, _THREADS),
         )  # fmt: skip
     return masses.sum(0)
 
@@ -172,8 +175,8 @@ def row_errors(spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coeffici
     return sums.sum(0)
 
 
-def column_mass(gradient: Tensor) -> Tensor:
-    """sum |gradient| (C, V) of each column, (V,) fp32: sums over blocks of rows, then of these."""
+def masses(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """sum |gradient| (C, V) of each column, (V,) fp32, over blocks of rows; of each row, (C,)."""
     _check_rows("gradient", gradient)
     rows, columns = gradient.shape
     blocks = gradient.new_empty((triton.cdiv(rows, _ROW_BLOCK), columns), dtype=torch.float32)
@@ -184,7 +187,8 @@ def column_mass(gradient: Tensor) -> Tensor:
             gradient, blocks, rows, columns, gradient.stride(0),
             BLOCK=_ROW_BLOCK, STEP=step, WIDTH=width, num_warps=4,
         )  # fmt: skip
-    return blocks.sum(0)
+    of_rows = torch.linalg.vector_norm(gradient, ord=1, dim=-1, dtype=torch.float32)
+    return blocks.sum(0), of_rows
 
 
 def launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **options: Any) -> None:

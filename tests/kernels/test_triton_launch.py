@@ -19,6 +19,7 @@ from triton_problems import SIDES, Rows, pitched, plain_rows, spec_of, stored_ro
 from hsd_kernels import precision
 from hsd_kernels.rows import RowInputs, RowSpec, torch_errors, torch_rows, triton_math, triton_rows
 from hsd_kernels.rows.partials import Partial, finish, merge
+from hsd_kernels.rows.torch_gradient import masses as torch_masses
 from hsd_kernels.rows.triton_rows import TILE
 from hsd_kernels.statistics import DIVERGENCES, Row, coefficients, named_statistics
 
@@ -291,7 +292,7 @@ def test_traffic_is_that_of_the_model(name, source, dtype, out):
     assert traffic.read == pytest.approx(side, rel=0.05)
     assert traffic.written == pytest.approx(out.itemsize * elements, rel=0.05)
     with counted_traffic() as traffic:
-        triton_rows.column_mass(gradient)
+        triton_rows.masses(gradient)
     assert traffic.read == pytest.approx(out.itemsize * elements, rel=0.05)
 
 
@@ -332,12 +333,14 @@ def test_traffic_is_that_of_the_plan(dtype, options, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rows", "columns"), [(0, 5), (1, 1), (127, 513), (300, 1025)])
-def test_column_mass(rows, columns, dtype):
+def test_masses(rows, columns, dtype):
     gradient = pitched(Draw((rows,), vocab=columns).normal(rows, columns), dtype)
-    found = triton_rows.column_mass(gradient)
-    expected = gradient.double().abs().sum(0)
-    assert relative_error(found, expected) <= 1e-6
-    assert torch.equal(found, triton_rows.column_mass(gradient))
+    found = triton_rows.masses(gradient)
+    for mass, of_plain, dim in zip(found, torch_masses(gradient), (0, 1), strict=True):
+        expected = gradient.double().abs().sum(dim)
+        assert relative_error(mass, expected) <= 1e-6
+        assert relative_error(of_plain, expected) <= 1e-6
+    assert torch.equal(found[0], triton_rows.masses(gradient)[0])
 
 
 @triton.jit
