@@ -33,7 +33,7 @@ from benchmarks.methods import (
     methods_for,
 )
 from benchmarks.work import DTYPES, LOSSES, Case, Work, load
-from hsd_kernels import pipeline
+from hsd_kernels import accumulation
 
 TOLERANCES = (0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
 CHOSEN_TOLERANCE = 0.002  # the largest whose dX error is below 1 % on work A
@@ -165,7 +165,7 @@ class _kept_columns:
     """Watches the sparse backward of the calls inside."""
 
     def __enter__(self) -> _Kept:
-        kept, self._decide = _Kept(), pipeline.kept_columns
+        kept, self._decide = _Kept(), accumulation.kept_columns
 
         def watched(masses: torch.Tensor, **options: Any) -> torch.Tensor | None:
             columns = self._decide(masses, **options)
@@ -176,11 +176,11 @@ class _kept_columns:
             kept.dropped += 0.0 if columns is None else float(mass.sum() - mass[columns].sum())
             return columns
 
-        pipeline.kept_columns = watched
+        accumulation.kept_columns = watched
         return kept
 
     def __exit__(self, *_: object) -> None:
-        pipeline.kept_columns = self._decide
+        accumulation.kept_columns = self._decide
 
 
 def main() -> None:
