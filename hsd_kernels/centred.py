@@ -12,16 +12,23 @@ from hsd_kernels.backends import multiply
 from hsd_kernels.passes import Group
 from hsd_kernels.problem import Problem
 from hsd_kernels.rows import RowInputs
-from hsd_kernels.workspace import new_rows
+from hsd_kernels.workspace import Heads, new_rows
 
 _PROBES = 128  # columns, and as many targets, that tell where a row's logits lie
 _NOWHERE = 1e30  # a logit whose exp is 0, and whose products with 0 are
 
 
+class Product(NamedTuple):
+    """Logits or differences of them, before they are centred: operand @ head.T."""
+
+    operand: Tensor  # (C, K) bf16
+    head: Tensor  # (V, K) bf16
+
+
 class Chunk(NamedTuple):
     """S sides of a chunk: the student, and the differences to the others."""
 
-    operands: Tensor  # (S C, D) bf16
+    products: list[Product]  # S
     centres: Tensor  # (S, C) fp32
     logits: list[Tensor]  # S of (C, V) bf16, less the centres
     at_targets: Tensor | None  # (S, C) fp32, less the centres
@@ -36,36 +43,74 @@ class Block(NamedTuple):
 
 
 def centred_logits(
-    problem: Problem, group: Group, rows: Tensor, head: Tensor, buffers: Tensor
+    problem: Problem, group: Group, rows: Tensor, heads: Heads, buffers: Tensor
 ) -> Chunk:
-    student = problem.student[rows].detach().float()
-    others = [side for side in (group.teacher, group.reference) if side is not None]
-    states = torch.stack([student, *(student - side.hidden[rows].float() for side in others)])
-    operands = states.flatten(0, 1).to(head.dtype)
-    probes = head[:: max(1, len(head) // _PROBES)]
+    products = _products(problem, group, rows, heads)
     targets = at_targets = None
     if problem.targets is not None:
         targets = problem.targets[rows]
-        # Off the CPU an impossible target is not refused: its row's weight is NaN.
-        own = head[targets.clamp(0, len(head) - 1)]
         # Of what is multiplied: what rounding does to a row's sums cancels in its log-probs.
-        at_targets = (operands.view_as(states).float() * own.float()).sum(-1)
-        probes = torch.cat([probes, own[:: max(1, len(own) // _PROBES)]])
-    factor = problem.settings.logit_scale / problem.temperature[rows]
-    found = torch.mm(operands, probes.t()).view(len(states), len(rows), -1)
+        at_targets = torch.stack([_at_targets(each, targets) for each in products])
+    probed = [_probed(each, targets) for each in products]
     if at_targets is not None:
-        found = torch.cat([found, at_targets[..., None].to(found.dtype)], dim=-1)
-    centres = _means(found, factor).to(head.dtype).float()
-    logits = buffers[: len(operands)]
-    logits.copy_(-centres.flatten()[:, None])
-    logits.addmm_(operands, head.t())
+        probed = [
+            torch.cat([found, own[:, None].to(found.dtype)], dim=-1)
+            for found, own in zip(probed, at_targets, strict=True)
+        ]
+    factor = problem.settings.logit_scale / problem.temperature[rows]
+    centres = _means(torch.stack(probed), factor).to(heads.student.dtype).float()
     return Chunk(
-        operands=operands,
+        products=products,
         centres=centres,
-        logits=list(torch.split(logits, len(rows))),
+        logits=_multiplied(products, centres, buffers),
         at_targets=None if at_targets is None else at_targets - centres,
         targets=targets,
     )
+
+
+def _products(problem: Problem, group: Group, rows: Tensor, heads: Heads) -> list[Product]:
+    student, dtype = problem.student[rows].detach(), heads.student.dtype
+    products = [Product(student.to(dtype), heads.student)]
+    for side, head in ((group.teacher, heads.teacher), (group.reference, heads.reference)):
+        if side is None:
+            continue
+        own = side.hidden[rows]
+        if side.shared_head:
+            products.append(Product((student.float() - own.float()).to(dtype), head))
+        else:
+            products.append(Product(torch.cat([student, -own], dim=-1).to(dtype), head))
+    return products
+
+
+def _at_targets(product: Product, targets: Tensor) -> Tensor:
+    """(C,) fp32; off the CPU an impossible target is not refused: its row's weight is NaN."""
+    own = product.head[targets.clamp(0, len(product.head) - 1)]
+    return (product.operand.float() * own.float()).sum(-1)
+
+
+def _probed(product: Product, targets: Tensor | None) -> Tensor:
+    """(C, P) at some columns, those of some targets among them."""
+    operand, head = product
+    probes = head[:: max(1, len(head) // _PROBES)]
+    if targets is not None:
+        some = targets[:: max(1, len(targets) // _PROBES)].clamp(0, len(head) - 1)
+        probes = torch.cat([probes, head[some]])
+    return torch.mm(operand, probes.t())
+
+
+def _multiplied(products: list[Product], centres: Tensor, buffers: Tensor) -> list[Tensor]:
+    """S of (C, V), all that goes through the student's head in one product."""
+    count, head = len(products[0].operand), products[0].head
+    shared = [each.head is head for each in products]
+    order = sorted(range(len(products)), key=lambda i: not shared[i])
+    blocks = dict(zip(order, torch.split(buffers[: len(order) * count], count), strict=True))
+    for i, block in blocks.items():
+        block.copy_(-centres[i][:, None])
+    stacked = torch.cat([products[i].operand for i in order if shared[i]])
+    buffers[: len(stacked)].addmm_(stacked, head.t())
+    for i in order[sum(shared) :]:
+        blocks[i].addmm_(products[i].operand, products[i].head.t())
+    return [blocks[i] for i in range(len(products))]
 
 
 def _means(logits: Tensor, factor: Tensor) -> Tensor:
@@ -74,16 +119,16 @@ def _means(logits: Tensor, factor: Tensor) -> Tensor:
     return torch.stack([(share * side).sum(-1) for side in logits])
 
 
-def refined(
-    problem: Problem, chunk: Chunk, x: RowInputs, head: Tensor, columns: Tensor
-) -> list[Block]:
+def refined(problem: Problem, chunk: Chunk, x: RowInputs, columns: Tensor) -> list[Block]:
     """The chunk without `columns`, and these in fp32."""
-    exact = new_rows(problem, len(chunk.operands), len(columns), torch.float32)
-    multiply(chunk.operands, head[columns].t(), exact)
+    count = len(x.student)
+    exact = new_rows(problem, len(chunk.products) * count, len(columns), torch.float32)
+    for (operand, head), out in zip(chunk.products, torch.split(exact, count), strict=True):
+        multiply(operand, head[columns].t(), out)
     exact -= chunk.centres.flatten()[:, None]
     nowhere = -math.copysign(_NOWHERE, problem.settings.logit_scale)
     x.student.index_fill_(1, columns, nowhere)
-    logits = iter(torch.split(exact, len(x.student)))
+    logits = iter(torch.split(exact, count))
     inside = outside = None
     if chunk.targets is not None:
         place = torch.searchsorted(columns, chunk.targets).clamp(max=len(columns) - 1)

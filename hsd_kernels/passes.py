@@ -23,8 +23,12 @@ class Group(NamedTuple):
     reference: Side | None
 
     @property
+    def others(self) -> list[Side]:
+        return [side for side in (self.teacher, self.reference) if side is not None]
+
+    @property
     def sides(self) -> int:
-        return 1 + (self.teacher is not None) + (self.reference is not None)
+        return 1 + len(self.others)
 
 
 class Pass(NamedTuple):
@@ -49,11 +53,12 @@ def as_difference(problem: Problem, side: Side) -> bool:
     """Whether a side's logits come as their difference to the student's.
 
     Narrow operands cannot hold the difference of hidden states: it would be rounded once more.
+    Where that is chosen, what it costs is within its tolerance.
     """
     settings = problem.settings
     exact = settings.backend == "cpu" or problem.student.dtype == problem.compute_dtype
-    chosen = settings.precision == "difference"  # and what it costs is within its tolerance
-    return side.shared_head and settings.precision != "bf16_logits" and (exact or chosen)
+    fits = side.shared_head and settings.precision != "bf16_logits" and exact
+    return fits or settings.precision == "difference"
 
 
 def chunk_passes(problem: Problem, group: Group) -> list[Pass]:

@@ -25,7 +25,6 @@ from hsd_kernels.passes import (
     provided_statistics,
     row_inputs,
 )
-from hsd_kernels.plan import RowGroup
 from hsd_kernels.precision import formed as refined_chunk
 from hsd_kernels.problem import Problem
 from hsd_kernels.statistics import STATISTICS, coefficients
@@ -36,6 +35,7 @@ from hsd_kernels.workspace import (
     operand_dtype,
     plan_of,
     resolved,
+    row_group,
     with_fp32_logits,
     within,
 )
@@ -50,7 +50,7 @@ def solve(problem: Problem, wanted: Wanted) -> Solution:
     settings, device = problem.settings, problem.student.device
     shard = shard_of(settings.group, len(problem.weight), settings.vocab_size, device)
     groups = _groups(problem)
-    counts = [RowGroup(group.rows.numel(), group.sides) for group in groups]
+    counts = [row_group(problem, group.rows.numel(), group.others) for group in groups]
     plan = plan_of(problem, counts, wanted, shard.largest)
     sides = max((group.sides for group in groups), default=1)
     work = Work(
@@ -97,7 +97,7 @@ def _chunk(work: Work, group: Group, rows: Tensor, solution: Solution) -> None:
             work.kernels,
             group,
             rows,
-            head=memory.heads.student,
+            heads=memory.heads,
             buffers=memory.buffers,
             differentiate=any(work.wanted),
         )

@@ -41,7 +41,7 @@ class Plan:
         gemms: matrix products, in units of 2 * rows * D * V FLOP; those that a sparse backward
             saves are not known beforehand and are counted.
         synchronisations: times the host waits for a device.
-        workspace_bytes: chunk buffers, fp32 copies of heads, gradients.
+        workspace_bytes: chunk buffers, copies of heads, gradients.
         traffic_bytes: modelled reads and writes of the chunk buffers by GEMMs and row kernels.
         refined_columns: of bf16 logits, that were computed again in fp32, summed over the chunks;
             like the next, known only afterwards, and in none of the other numbers.
@@ -85,6 +85,7 @@ class RowGroup(NamedTuple):
 
     rows: int
     sides: int  # logit rows per token: student, and teacher, and reference
+    joined: int = 0  # of these, products through two heads at once
 
 
 def plan_groups(
@@ -140,6 +141,7 @@ def plan_groups(
     chunks = sum(math.ceil(group.rows / rows_per_chunk) for group in groups if group.rows)
     rows = sum(group.rows for group in groups)
     forward = sum(group.rows * group.sides for group in groups)
+    joined = sum(group.rows * group.joined for group in groups)
     backward = rows * (int(student_gradient) + int(weight_gradient))
     # Logits: written by the GEMM, which reads its centres; read for statistics, for their error (on
     # a CPU for the likeliest columns), and for the gradient. The mixture is one of two sides.
@@ -155,7 +157,7 @@ def plan_groups(
         rows=rows,
         rows_per_chunk=rows_per_chunk,
         chunks=chunks,
-        gemms=(forward + backward) / rows if rows else 0.0,
+        gemms=(forward + joined + backward) / rows if rows else 0.0,
         synchronisations=1 + chunks * (int(sparse and gradient) + int(difference)),
         workspace_bytes=rows_per_chunk * row_bytes
         + copied_heads * head_elements * element_bytes
@@ -194,12 +196,13 @@ def plan(
         teacher, reference: whether their logits are needed.
         temperatures: 2 where the KLs have a temperature other than the log-probs', else 1.
         student_gradient, weight_gradient: which gradients are wanted.
-        copied_heads: heads that are copied to fp32 because theirs is a narrower dtype.
+        copied_heads: heads that are copied to fp32 because theirs is a narrower dtype; or, where
+            differences are held, the other sides' own, joined with the student's.
         max_chunk_bytes: cap of all logits held at one time; default 512 MiB.
         compiled: whether a C++ compiler is there.
         backend: "cpu" or "triton".
         narrow: whether inputs are bf16 or fp16; on the GPU gradients then have a buffer of theirs.
-        precision: how logits are held; "difference" needs bf16 inputs and copies no head.
+        precision: how logits are held; "difference" needs bf16 inputs.
         jsd: whether the divergence is jsd, for which the GPU reads logits twice.
 
     Raises:
@@ -207,8 +210,9 @@ def plan(
             a `max_chunk_bytes` that the logits of one row do not fit in.
     """
     _check(locals())
+    joined = copied_heads if precision == "difference" else 0
     return plan_groups(
-        [RowGroup(rows, 1 + int(teacher) + int(reference))],
+        [RowGroup(rows, 1 + int(teacher) + int(reference), joined)],
         hidden_size,
         vocab_size,
         temperatures=temperatures,

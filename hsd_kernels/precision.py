@@ -1,10 +1,11 @@
 """Logits held in bf16 without its errors: differences, centres, and columns refined to fp32.
 
-Where all sides share one head, what a chunk holds in bf16 are the student's logits less a number
-per row, x_s W^T - a, and the differences to the others less one, (x_s - x_t) W^T - b. No divergence
-depends on a and b, but what rounding does to the numbers: it is relative to them. With a near the
-logits of the tokens that carry mass, and b near their differences, it is smallest where it counts.
-`addmm` starts its fp32 sums at -a, so that nothing is rounded before.
+What a chunk holds in bf16 are the student's logits less a number per row, x_s W^T - a, and the
+differences to the others less one, (x_s - x_t) W^T - b, or [x_s, -x_t] [W, U]^T - b for a side with
+a head U of its own. No divergence depends on a and b, but what rounding does to the numbers: it is
+relative to them. With a near the logits of the tokens that carry mass, and b near their
+differences, it is smallest where it counts. `addmm` starts its fp32 sums at -a, so that nothing is
+rounded before.
 
 What is left is mostly the error of columns that are likely in some row. Where the backend has the
 kernels for it, these are refined beforehand, and the error of the rest is read from some of the
@@ -37,6 +38,7 @@ from hsd_kernels.rows.mixture import finish_mixture
 from hsd_kernels.rows.partials import Partial, finish, merge
 from hsd_kernels.rows.torch_logits import block_size, of_rows
 from hsd_kernels.statistics import Coefficients, coefficients
+from hsd_kernels.workspace import Heads
 
 TOLERANCE = 0.005  # expected relative error of a chunk that needs no refinement
 LIKELY_SHARE = 1 / 64  # of the columns, that may be refined before an error is known
@@ -48,7 +50,7 @@ def formed(
     group: Group,
     rows: Tensor,
     *,
-    head: Tensor,
+    heads: Heads,
     buffers: Tensor,
     differentiate: bool,
 ) -> Formed | None:
@@ -58,12 +60,12 @@ def formed(
 
     Args:
         rows: (C,) int64 of the problem's tokens.
-        head: (V, D) bf16.
+        heads: bf16.
         buffers: (at least S C, V) bf16; the gradient takes the place of the student's logits.
         differentiate: whether a gradient is formed; without one, only where the backend has
             `CheckedKernels`.
     """
-    given = _Given(problem, kernels, group, rows, head, differentiate)
+    given = _Given(problem, kernels, group, rows, heads, differentiate)
     if kernels.checked is not None:
         found = _likely_refined(given, kernels.checked, buffers)
         if found is not None or not differentiate:
@@ -78,7 +80,7 @@ class _Given(NamedTuple):
     kernels: RowKernels
     group: Group
     rows: Tensor  # (C,) int64
-    head: Tensor  # (V, D) bf16
+    heads: Heads
     differentiate: bool
 
 
@@ -107,7 +109,7 @@ def _likely_refined(given: _Given, kernels: CheckedKernels, buffers: Tensor) -> 
     columns = _likely_columns(kernels.likely(spec, x), x.student.shape[1])
     blocks = [Block(x, None)]
     if len(columns):
-        blocks = refined(given.problem, chunk, x, given.head, columns)
+        blocks = refined(given.problem, chunk, x, columns)
     found = _evaluated(given, spec, blocks, chunk)
     error = _gradient_error if given.differentiate else _statistics_error
     if error(kernels, spec, blocks, found) > TOLERANCE:
@@ -181,7 +183,7 @@ def _refined_as_estimated(given: _Given, buffers: Tensor) -> Formed | None:
     if columns is None:
         return None
     if len(columns):
-        blocks = refined(given.problem, chunk, x, given.head, columns)
+        blocks = refined(given.problem, chunk, x, columns)
         found = _evaluated(given, spec, blocks, chunk)
     return _with_gradient(given, spec, blocks, found, len(columns))
 
@@ -197,7 +199,7 @@ def _whole(blocks: list[Block]) -> Tensor:
 
 def _read(given: _Given, buffers: Tensor) -> tuple[RowSpec, Chunk, RowInputs]:
     (reading,) = chunk_passes(given.problem, given.group)
-    chunk = centred_logits(given.problem, given.group, given.rows, given.head, buffers)
+    chunk = centred_logits(given.problem, given.group, given.rows, given.heads, buffers)
     x = row_inputs(given.problem, reading, given.rows, chunk.logits, chunk.targets)
     return reading.spec, chunk, x
 

@@ -24,11 +24,15 @@ class Wanted(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """The heads' columns in use, in the operands' dtype."""
+    """The heads' columns in use, in the operands' dtype.
+
+    A side has the student's, one of its own, or, where its logits are held as their difference to
+    the student's, both side by side.
+    """
 
     student: Tensor  # (V, D)
-    teacher: Tensor
-    reference: Tensor
+    teacher: Tensor  # (V, D), (V, D_side) or (V, D + D_side)
+    reference: Tensor  # likewise
 
 
 class Workspace(NamedTuple):
@@ -48,7 +52,7 @@ def resolved(problem: Problem, wanted: Wanted) -> Problem:
     combines = (
         # Without a gradient only the CPU knows an error, and log-probs alone are no differences.
         (any(wanted) or (bool(sides) and settings.backend == "cpu"))
-        and all(side.shared_head for side in sides)
+        and all(side.shared_head or _can_be_joined(side, problem) for side in sides)
         and problem.bias is None
         and settings.logit_softcap is None
         and settings.logit_scale != 0
@@ -60,6 +64,12 @@ def resolved(problem: Problem, wanted: Wanted) -> Problem:
     if settings.precision != "difference" or combines:
         return problem
     return with_fp32_logits(problem)
+
+
+def _can_be_joined(side: Side, problem: Problem) -> bool:
+    """Whether x_s W^T - x_t U^T is formed as [x_s, -x_t] [W, U]^T; a GPU has no memory to spare."""
+    narrow = side.weight.dtype == side.hidden.dtype == problem.student.dtype
+    return problem.settings.backend == "cpu" and side.bias is None and narrow
 
 
 def with_fp32_logits(problem: Problem) -> Problem:
@@ -92,14 +102,25 @@ def new_rows(problem: Problem, rows: int, columns: int, dtype: torch.dtype) -> T
     return row_buffer(rows, columns, dtype=dtype, device=problem.student.device)
 
 
+def row_group(problem: Problem, rows: int, others: Sequence[Side]) -> RowGroup:
+    """Rows that need these sides beside the student."""
+    joined = 0
+    if problem.settings.precision == "difference":
+        joined = sum(not side.shared_head for side in others)
+    return RowGroup(rows=rows, sides=1 + len(others), joined=joined)
+
+
 def plan_of(problem: Problem, groups: Sequence[RowGroup], wanted: Wanted, columns: int) -> Plan:
     """What a call with these groups of rows runs on `columns` columns."""
     sides = [side for side in (problem.teacher, problem.reference) if side is not None]
     settings = problem.settings
     operand = operand_dtype(problem)
+    own = sum(not side.shared_head for side in sides)
     copies = 0
-    if operand != problem.weight.dtype:
-        copies = 1 + sum(not side.shared_head for side in sides)
+    if settings.precision == "difference":
+        copies = own
+    elif operand != problem.weight.dtype:
+        copies = 1 + own
     return plan_groups(
         groups,
         problem.weight.shape[1],
@@ -146,8 +167,10 @@ def _heads(problem: Problem, columns: int, dtype: torch.dtype) -> Heads:
     def operand(side: Side | None) -> Tensor:
         if side is None or side.shared_head:
             return student
-        return side.weight[:columns].to(dtype)
+        own = side.weight[:columns].to(dtype)
+        return torch.cat([student, own], dim=1) if joined else own
 
+    joined = problem.settings.precision == "difference"
     student = problem.weight[:columns].detach().to(dtype)
     return Heads(student, operand(problem.teacher), operand(problem.reference))
 
@@ -192,6 +215,6 @@ def simulate(problem: Problem, wanted: Wanted) -> Workspace | None:
     if not (isinstance(count, int) and isinstance(rows, int) and count):
         return None
     columns = rows if problem.settings.group else problem.settings.vocab_size
-    sides = 1 + (problem.teacher is not None) + (problem.reference is not None)
-    plan = plan_of(problem, [RowGroup(count, sides)], wanted, columns)
-    return allocate(problem, wanted, plan, sides=sides, columns=columns)
+    others = [side for side in (problem.teacher, problem.reference) if side is not None]
+    plan = plan_of(problem, [row_group(problem, count, others)], wanted, columns)
+    return allocate(problem, wanted, plan, sides=1 + len(others), columns=columns)

@@ -54,6 +54,22 @@ def test_contract_where_the_logits_of_one_side_are_offset(kl, entropy):
         assert_meets_contract(cast(regime(kl, entropy, offsets), torch.bfloat16))
 
 
+@pytest.mark.gradient
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("entropy", [0.1, 3.0, 6.0])
+@pytest.mark.parametrize("kl", [1e-4, 1e-2, 1.0, 10.0])
+def test_contract_where_the_teacher_has_a_head_of_its_own(kl, entropy, divergence):
+    """And more hidden dimensions than the student."""
+    for offsets in ((0, 0), (40, -40)):
+        given = regime(kl, entropy, offsets)
+        wider = {
+            name: torch.nn.functional.pad(given[of], (0, 2), value=0.5)
+            for name, of in (("teacher_hidden", "teacher_hidden"), ("teacher_weight", "weight"))
+        }
+        arguments = cast({**given, **wider, "divergence": divergence}, torch.bfloat16)
+        assert_meets_contract(arguments)
+
+
 def test_rounded_logits_are_what_the_contract_saves_from():
     """Plain bf16 at the same KLs; otherwise the bound would say nothing."""
     for kl, least in ((1e-4, 0.3), (1e-2, 0.03)):
@@ -114,6 +130,73 @@ def test_options(case, backend):
     for name, gradient in result.gradients.items():
         assert relative_error(gradient, expected.gradients[name]) <= CONTRACT, name
     assert_same_statistics(result.stats, expected.stats, tolerance=3e-2)
+
+
+OWN_HEADS = {
+    "teacher": lambda draw: {"teacher_weight": draw.head()},
+    "reference": lambda draw: {
+        "ref_hidden": draw.normal(*draw.lead, draw.hidden + 3),
+        "ref_weight": draw.normal(draw.vocab + 2, draw.hidden + 3),
+        "ref_coef": 0.3,
+    },
+    "both, of every set of sides": lambda draw: {
+        **CASES["every set of sides"](draw),
+        "teacher_weight": draw.head(),
+        "ref_weight": draw.head(),
+    },
+    "teacher, beside a shared reference": lambda draw: {
+        **CASES["shared reference"](draw),
+        "teacher_weight": draw.head(),
+        "token_weights": draw.masked(),
+    },
+    "reference, in a padded vocabulary": lambda draw: {
+        **CASES["padded vocabulary"](draw),
+        "ref_hidden": draw.states(),
+        "ref_weight": draw.head(),
+        "ref_coef": 0.3,
+    },
+}
+
+
+@pytest.mark.gradient
+@pytest.mark.parametrize("case", OWN_HEADS)
+def test_heads_of_their_own(case):
+    draw = Draw()
+    arguments = cast({**draw.problem(bias=False), **OWN_HEADS[case](draw)}, torch.bfloat16)
+    result, expected = solve(arguments), truth(arguments)
+    assert result.plan.precision == "difference"
+    for name, gradient in result.gradients.items():
+        assert relative_error(gradient, expected.gradients[name]) <= CONTRACT, name
+    assert_same_statistics(result.stats, expected.stats, tolerance=3e-2)
+    with torch.no_grad():
+        alone = fused_hsd_loss(**arguments)
+    assert alone.plan.precision == "difference"
+    assert relative_error(alone.loss, expected.loss) <= CONTRACT
+
+
+@pytest.mark.gradient
+def test_a_head_of_its_own_is_refined_and_may_come_to_fp32_logits(monkeypatch):
+    given = steep() | {"teacher_weight": steep()["weight"].clone()}
+    arguments = cast(given, torch.bfloat16)
+    exact = truth(arguments)
+    refined = solve(arguments)
+    assert 0 < refined.plan.refined_columns < 100
+    for name, gradient in exact.gradients.items():
+        assert relative_error(refined.gradients[name], gradient) <= CONTRACT
+    monkeypatch.setattr(precision, "TOLERANCE", 1e-6)
+    draw = Draw((40,))
+    other = cast({**draw.problem(bias=False), "teacher_weight": draw.head()}, torch.bfloat16)
+    repeated, exact = solve(other), truth(other)
+    assert repeated.plan.repeated_chunks == repeated.plan.chunks
+    for name, gradient in exact.gradients.items():
+        assert relative_error(repeated.gradients[name], gradient) <= 5e-3
+
+
+def test_on_triton_a_head_of_its_own_has_fp32_logits():
+    pytest.importorskip("triton")
+    arguments = problem("no targets") | {"precision": "difference"}
+    arguments["teacher_weight"] = arguments["weight"].clone()
+    assert solve(arguments, backend="triton").plan.precision == "fp32_logits"
 
 
 def exact_options(arguments: Arguments) -> Arguments:
@@ -303,7 +386,7 @@ def test_compiled():
     "options",
     [
         {"bias": torch.zeros(37)},
-        {"teacher_weight": torch.ones(37, 8)},
+        {"teacher_weight": torch.ones(37, 8), "teacher_bias": torch.ones(37)},
         {"logit_softcap": 30.0},
         {"kl_temperature": 0.7},
         {"teacher_temperature": 0.7},
@@ -350,6 +433,11 @@ def test_plan_says_beforehand_what_runs():
     result = solve(arguments)
     options = {"max_chunk_bytes": 5_000, "compiled": compiler_found(), "narrow": True}
     predicted = plan(40, 8, 37, precision="difference", **options)
+    own_head = {"teacher_weight": arguments["weight"].clone()}
+    joined = solve(arguments | own_head).plan
+    expected = vars(plan(40, 8, 37, precision="difference", copied_heads=1, **options))
+    assert vars(joined) == expected | {"refined_columns": joined.refined_columns}
+    assert joined.gemms == 5
     unknown = {"refined_columns": result.plan.refined_columns, "repeated_chunks": 0}
     assert vars(result.plan) == vars(predicted) | unknown
     assert result.plan.chunks > 1
