@@ -248,9 +248,11 @@ def test_the_command(
     )
     figure = tmp_path / "budget.png"
     words = ["budget", recipe, "--response-tokens", 256, "--prompt-tokens", 32, "--figure", figure]
-    assert run_hsd(*words, "--gpu-memory", "80GB", "--no-search") == 0
-    shown = capsys.readouterr().out
+    assert run_hsd(*words, "--gpu-memory", "80GB") == 0
+    shown, working = capsys.readouterr()
+    assert working == "simulating a step: 256 response tokens on 8 GPUs\n"
     assert "fits, " in shown
+    assert "not searched, the model lacks positions for more" in shown
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert run_hsd(*words, "--gpu-memory", "1GB", "--no-search") == 1
     shown = " ".join(capsys.readouterr().out.split())
@@ -263,8 +265,14 @@ def test_the_command(
     ("words", "said"),
     [
         (["--gpu-memory", "80"], "--gpu-memory: found '80', expected such as 80GB"),
+        (["--gpu-memory", "80KB"], "--gpu-memory: found '80KB', expected such as 80GB"),
         (["--gpu-memory", "0GB"], "--gpu-memory: found '0GB'"),
         (["--world-size", "0"], "--world-size: found 0, expected >= 1"),
+        (["--world-size", "100000"], "--world-size: found 100000, expected at most 1024"),
+        (
+            ["--response-tokens", "300", "--prompt-tokens", "213"],
+            "--response-tokens: found 300, expected at most 299, the positions of",
+        ),
         (["--figure", "no/such/folder.png"], "--figure: found 'no/such/folder.png'"),
         (["--figure", "figure.txt"], "--figure: found 'figure.txt', expected a .png"),
     ],
@@ -281,6 +289,18 @@ def test_bad_arguments(
     assert said in capsys.readouterr().err
 
 
-def test_bytes() -> None:
-    assert command.parse_bytes("80GB") == 80 * 10**9
-    assert command.parse_bytes("1.5GiB") == 3 * 2**29
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("80GB", 80 * 10**9),
+        ("80G", 80 * 10**9),
+        ("80 gb", 80 * 10**9),
+        ("80GiB", 80 * 2**30),
+        ("80Gi", 80 * 2**30),
+        ("1.5gib", 3 * 2**29),
+        ("81559MiB", 81559 * 2**20),
+        ("0.08TB", 80 * 10**9),
+    ],
+)
+def test_bytes(text: str, nbytes: int) -> None:
+    assert command.parse_bytes(text) == nbytes
