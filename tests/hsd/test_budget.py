@@ -27,6 +27,7 @@ from hsd.distributed.config import ShardingConfig
 from hsd.distributed.load import load_sharded
 from hsd.distributed.process import World, leave_world, sharding_mesh
 from hsd.objective.config import ObjectiveConfig
+from hsd.policy.config import AdapterConfig
 from hsd.policy.optimizer import adamw
 from hsd.rollout.config import EngineConfig
 from hsd.trainer import sharded_policy, whole_policy
@@ -54,8 +55,9 @@ def architecture(**changes: Any) -> Qwen3Config:
     )
 
 
-def scenario(*, world_size: int = 1, **sharding: Any) -> Scenario:
+def scenario(*, world_size: int = 1, rank: int = 0, **sharding: Any) -> Scenario:
     config = Config(
+        adapter=AdapterConfig(rank=rank),
         micro_batch_tokens=1,
         objective=ObjectiveConfig(max_chunk_bytes=CHUNK_BYTES),
         sharding=ShardingConfig(**sharding),
@@ -122,6 +124,8 @@ SHARDINGS: dict[str, dict[str, Any]] = {
     "whole, checkpointed": {"activation_checkpointing": True},
     "sharded": {"mode": "full"},
     "sharded, checkpointed": {"mode": "full", "activation_checkpointing": True},
+    "whole, adapters": {"rank": 8},
+    "sharded, adapters": {"rank": 8, "mode": "full"},
 }
 
 
@@ -168,6 +172,20 @@ def test_each_rank_has_its_share() -> None:
     gathered = sum(phase.traffic["allgather"] for phase in found.phases)
     layers = 4 * given.parameters - 2 * head
     assert gathered > 2 * 4 * layers
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_of_adapters_alone_gradients_and_states_are_kept(mode: str) -> None:
+    rank = 8
+    given = scenario(world_size=1, rank=rank, mode=mode)
+    found = simulate.simulate(given)
+    ends = 2 * (64 + 64 + 64 + 32 + 64 + 32 + 64 + 64) + 2 * 3 * (64 + 160)  # in + out of each
+    factors = 4 * rank * ends
+    assert found.resident["parameters"] == pytest.approx(4 * given.parameters + factors, rel=0.01)
+    assert found.resident["optimiser state"] == pytest.approx(2 * factors, rel=0.01)
+    assert found.resident["reference, teacher"] == 0  # the same weights without the adapter
+    gradients = max(phase.by_kind()["gradients"] for phase in found.phases)
+    assert gradients == pytest.approx(factors, rel=0.01)
 
 
 def test_the_engine_of_the_recipe_is_counted() -> None:

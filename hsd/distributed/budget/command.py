@@ -145,8 +145,6 @@ def scenario_of(config: Config, arguments: BudgetArguments) -> Scenario:
     require("--world-size", size, size <= _MOST_RANKS, f"at most {_MOST_RANKS}")
     whole = size % engine_gpus == 0
     require("--engine-gpus", engine_gpus, whole, f"a divisor of --world-size, {size}")
-    rank, expected = config.adapter.rank, "0: a budget is of a run that trains all weights"
-    require("adapter.rank", rank, rank == 0, expected)
     context, peers = config.context, config.peers
     peer_tokens = peers.count * context.peer_token_budget if context.show_peer else 0
     architecture = load_architecture(config.model.name)

@@ -193,4 +193,5 @@ def _optimizer(simulation: Simulation, assumptions: Assumptions) -> float:
     if states:
         weights = states / 2
         return 3 * weights / assumptions.host_link + 7 * weights / assumptions.host_memory
-    return 7 * simulation.resident[kinds.PARAMETERS] / assumptions.gpu_memory
+    # Two states to a weight that is trained, which with adapters most are not.
+    return 7 * simulation.resident[kinds.OPTIMIZER] / 2 / assumptions.gpu_memory

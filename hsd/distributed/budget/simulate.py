@@ -6,17 +6,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 import transformers.masking_utils
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from hsd import train
+from hsd import train, trainer
 from hsd.config import Config
 from hsd.distributed.budget import tracker as kinds
 from hsd.distributed.budget.architecture import empty_model
@@ -25,6 +26,7 @@ from hsd.distributed.budget.tracker import Phase, StepTracker, watching_resizes
 from hsd.distributed.fsdp import shard_policy
 from hsd.distributed.process import World
 from hsd.objective import step
+from hsd.policy.adapters import Adapters, add_adapters
 from hsd.policy.optimizer import adamw
 from hsd.policy.packing import TrainingRow
 from hsd.policy.precision import compute_dtype
@@ -197,8 +199,15 @@ def _policy(scenario: Scenario, tracker: StepTracker, mesh: DeviceMesh) -> Polic
     auto = scenario.backend == "triton" and config.model.compute_dtype == "auto"
     compute = torch.bfloat16 if auto else compute_dtype(config.model.compute_dtype)
 
-    def load(*, frozen: bool = False, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    def load(
+        *,
+        frozen: bool = False,
+        dtype: torch.dtype = torch.float32,
+        adapters: Adapters | None = None,
+    ) -> PreTrainedModel:
         model = empty_model(architecture, dtype=dtype)
+        if adapters is not None:
+            _add_adapters(model, adapters)
         shard_policy(model, config.sharding, mesh, compute_dtype=compute, frozen=frozen)
         return model.to_empty(device="cpu")
 
@@ -209,15 +218,27 @@ def _policy(scenario: Scenario, tracker: StepTracker, mesh: DeviceMesh) -> Polic
         policy = sharded_policy(config, load, compute)
     else:
         # A copy of a fake tensor would copy memory that is not there.
-        policy = whole_policy(
-            config, whole(), compute, copy_of=lambda *_: whole().requires_grad_(False)
-        )
+        with mock.patch.object(trainer, "add_adapters", _add_adapters):
+            policy = whole_policy(
+                config, whole(), compute, copy_of=lambda *_: whole().requires_grad_(False)
+            )
     for model in _models(policy):
         own, sharding = model is policy.model, config.sharding
         in_host_memory = sharding.offload == "all" if own else sharding.offload_reference
         kind = kinds.PARAMETERS if own else kinds.REFERENCE
         tracker.mark(list(model.parameters()), kind, on_host=in_host_memory)
     return policy
+
+
+def _add_adapters(model: PreTrainedModel, adapters: Adapters) -> None:
+    """As the trainer does; but peft moves factors between devices, which fake ones refuse."""
+    with unset_fake_temporarily():
+        add_adapters(model, adapters)
+    for module in cast(torch.nn.Module, model).modules():
+        for name, factor in list(module.named_parameters(recurse=False)):
+            if not isinstance(factor, FakeTensor):
+                fake = torch.empty(factor.shape, dtype=factor.dtype, device=factor.device)
+                setattr(module, name, torch.nn.Parameter(fake, factor.requires_grad))
 
 
 def _loss_flop(student_hidden: Tensor, arguments: Mapping[str, Any]) -> float:
@@ -230,6 +251,7 @@ def _loss_flop(student_hidden: Tensor, arguments: Mapping[str, Any]) -> float:
         vocab_size,
         teacher=arguments["teacher_hidden"] is not None,
         reference="ref_hidden" in arguments,
+        weight_gradient=arguments["weight"].requires_grad,
     ).gemms
     return products * 2 * rows * hidden_size * vocab_size
 
