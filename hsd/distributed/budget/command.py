@@ -18,8 +18,7 @@ from rich.table import Table
 
 from hsd.checks import require
 from hsd.config import Config
-from hsd.distributed.budget import report
-from hsd.distributed.budget import tracker as kinds
+from hsd.distributed.budget import kinds, report
 from hsd.distributed.budget.architecture import load_architecture
 from hsd.distributed.budget.estimate import (
     Assumptions,

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from hsd.distributed.budget import tracker as kinds
+from hsd.distributed.budget import kinds
 from hsd.distributed.budget.architecture import kv_cache_bytes
 from hsd.distributed.budget.simulate import MICRO_BATCHES, Scenario, Simulation
 

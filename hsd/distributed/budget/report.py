@@ -8,7 +8,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from hsd.distributed.budget.tracker import KINDS, Phase
+from hsd.distributed.budget.kinds import KINDS
+from hsd.distributed.budget.tracker import Phase
 
 ENGINE = "engine weights"
 CACHE = "engine KV cache"

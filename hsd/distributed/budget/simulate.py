@@ -6,27 +6,26 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 import transformers.masking_utils
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hsd import train, trainer
 from hsd.config import Config
-from hsd.distributed.budget import tracker as kinds
-from hsd.distributed.budget.architecture import empty_model
+from hsd.distributed.budget import kinds
+from hsd.distributed.budget.architecture import add_fake_adapters, empty_model
 from hsd.distributed.budget.losses import chunk_loop_loss, naive_loss
 from hsd.distributed.budget.tracker import Phase, StepTracker, watching_resizes
 from hsd.distributed.fsdp import shard_policy
 from hsd.distributed.process import World
 from hsd.objective import step
-from hsd.policy.adapters import Adapters, add_adapters
+from hsd.policy.adapters import Adapters
 from hsd.policy.optimizer import adamw
 from hsd.policy.packing import TrainingRow
 from hsd.policy.precision import compute_dtype
@@ -207,7 +206,7 @@ def _policy(scenario: Scenario, tracker: StepTracker, mesh: DeviceMesh) -> Polic
     ) -> PreTrainedModel:
         model = empty_model(architecture, dtype=dtype)
         if adapters is not None:
-            _add_adapters(model, adapters)
+            add_fake_adapters(model, adapters)
         shard_policy(model, config.sharding, mesh, compute_dtype=compute, frozen=frozen)
         return model.to_empty(device="cpu")
 
@@ -218,7 +217,7 @@ def _policy(scenario: Scenario, tracker: StepTracker, mesh: DeviceMesh) -> Polic
         policy = sharded_policy(config, load, compute)
     else:
         # A copy of a fake tensor would copy memory that is not there.
-        with mock.patch.object(trainer, "add_adapters", _add_adapters):
+        with mock.patch.object(trainer, "add_adapters", add_fake_adapters):
             policy = whole_policy(
                 config, whole(), compute, copy_of=lambda *_: whole().requires_grad_(False)
             )
@@ -228,17 +227,6 @@ def _policy(scenario: Scenario, tracker: StepTracker, mesh: DeviceMesh) -> Polic
         kind = kinds.PARAMETERS if own else kinds.REFERENCE
         tracker.mark(list(model.parameters()), kind, on_host=in_host_memory)
     return policy
-
-
-def _add_adapters(model: PreTrainedModel, adapters: Adapters) -> None:
-    """As the trainer does; but peft moves factors between devices, which fake ones refuse."""
-    with unset_fake_temporarily():
-        add_adapters(model, adapters)
-    for module in cast(torch.nn.Module, model).modules():
-        for name, factor in list(module.named_parameters(recurse=False)):
-            if not isinstance(factor, FakeTensor):
-                fake = torch.empty(factor.shape, dtype=factor.dtype, device=factor.device)
-                setattr(module, name, torch.nn.Parameter(fake, factor.requires_grad))
 
 
 def _loss_flop(student_hidden: Tensor, arguments: Mapping[str, Any]) -> float:
