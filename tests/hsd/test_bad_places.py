@@ -44,17 +44,20 @@ def test_a_run_folder_below_a_file(
     assert listing(file.parent) == [file]
 
 
-@pytest.mark.parametrize("command", ["report", "credit"])
+@pytest.mark.parametrize(
+    ("command", "option"), [("report", "--out"), ("credit", "--out"), ("eval", "--output")]
+)
 def test_results_below_a_file(
     command: str,
+    option: str,
     file: Path,
     trained_run: Path,
     run_hsd: Callable[..., int],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for out in (file / "out", file / "more" / "out"):
-        assert run_hsd(command, trained_run, "--out", out) == 2
-        assert f"--out: found '{out}', expected a folder that can be written" in one_line(capsys)
+        assert run_hsd(command, trained_run, option, out) == 2
+        assert f"{option}: found '{out}', expected a folder that can be written" in one_line(capsys)
     assert listing(file.parent) == [file] and file.read_text(encoding="utf-8") == "kept"
 
 
