@@ -1,9 +1,10 @@
-"""The check behind every error of a configuration."""
+"""The checks behind the errors of a configuration."""
 
 from __future__ import annotations
 
 import math
-from pathlib import PurePath
+import os
+from pathlib import Path, PurePath
 
 
 def require(name: str, value: object, condition: bool, expected: str) -> None:
@@ -17,3 +18,19 @@ def require(name: str, value: object, condition: bool, expected: str) -> None:
     if not condition:
         found = str(value) if isinstance(value, PurePath) else value
         raise ValueError(f"{name}: found {found!r}, expected {expected}")
+
+
+def require_folder(name: str, path: Path) -> None:
+    """Raises where a folder can be neither written into nor made; changes nothing.
+
+    Raises:
+        ValueError: `name: found path, expected ...`.
+    """
+    place = path.absolute()
+    try:
+        while not place.exists():
+            place = place.parent
+        usable = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+    except OSError:  # a parent that must not be looked into, a name that is too long
+        usable = False
+    require(name, path, usable, "a folder that can be written, or made")

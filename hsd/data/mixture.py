@@ -19,7 +19,7 @@ def generate(
     """The three splits, in each the datasets in proportion to their weights, shuffled.
 
     Raises:
-        ImportError, ValueError: as hsd.data.gym.generate; or a weight gives a dataset no training
+        ValueError: as hsd.data.gym.generate; or a weight gives a dataset no training
             question.
     """
     sizes = {

@@ -53,10 +53,9 @@ def load_task(config: TaskConfig) -> Task:
 
     Raises:
         FileNotFoundError: a file does not exist.
-        ImportError: a package that the task needs is not installed; names it.
-        ValueError: a file is broken, two files share a prompt, the generator is unknown, cannot
-            take its options or has too few distinct questions, there is no such verifier, or the
-            sandbox is weaker than it must be.
+        ValueError: a package that the task needs is not installed, a file is broken, two files
+            share a prompt, the generator is unknown, cannot take its options or has too few
+            distinct questions, there is no such verifier, or the sandbox is weaker than it must be.
     """
     if isinstance(config, JsonlTask):
         return _load_jsonl_task(config)
@@ -126,7 +125,7 @@ def _named_verifier(name: str) -> Verifier:
         try:
             from hsd.data.verify import math_answer
         except ImportError:
-            raise ImportError(
+            raise ValueError(
                 "task.verifier: found math, which needs math-verify, "
                 'expected: pip install "hsd-kernels[train]"'
             ) from None

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from hsd.checks import require_folder
 from hsd.recipe import fail, parse_flags
 from hsd.report.compare import comparison
 from hsd.report.curves import write_curves
@@ -47,13 +48,14 @@ def write_report(folders: tuple[Path, ...], out: Path) -> list[Path]:
     """Writes the page of these run folders; returns its files.
 
     Raises:
-        ValueError: there is no run, one twice, or one that cannot be read.
+        ValueError: there is no run, one twice, or one that cannot be read; or `out` cannot be made.
         FileNotFoundError: a folder is no run.
     """
     if not folders:
         raise ValueError("runs: found none, expected run folders")
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError("runs: found a folder twice, expected different ones")
+    require_folder("--out", out)
     groups = group_runs([read_run(folder) for folder in folders])
     runs = [run for group in groups for run in group.runs]
     counted = "1 run" if len(runs) == 1 else f"{len(runs)} runs"

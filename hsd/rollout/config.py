@@ -110,11 +110,17 @@ class EngineConfig:
 
 def _require_loopback(url: str) -> None:
     """Refuses what other machines could reach: who can, replaces weights and runs methods there."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        local = parts.scheme == "http" and parts.hostname in LOOPBACK
+        plain = url.rstrip("/") == f"http://{parts.netloc}" and "@" not in url
+        allowed = local and plain and parts.port != 0 and not parts.netloc.endswith(":")
+    except ValueError:  # a port that is no number up to 65535, a bracket without its other
+        allowed = False
     require(
         "engine.urls",
         url,
-        parts.scheme == "http" and parts.hostname in LOOPBACK and not parts.path.strip("/"),
+        allowed,
         f"http://HOST:PORT with a host of {', '.join(LOOPBACK)}: the development endpoints of a "
         "server must not be open to other machines; reach one there through an ssh tunnel",
     )

@@ -37,6 +37,7 @@ def make_engine(
 
     Raises:
         EngineError: it cannot be started, or is not of use here.
+        ValueError: vLLM is not installed where it is to be started.
     """
     dtype = compute_dtype(config.model.compute_dtype)
     rollout, engine = config.rollout, config.engine
@@ -44,8 +45,10 @@ def make_engine(
         return HfEngine(model, tokenizer, compute_dtype=dtype, batch_rows=rollout.batch_rows)
     # Imported where they are chosen: neither HTTP nor vLLM is needed for the default.
     if engine.kind == "vllm":
+        from hsd.rollout.server_launch import require_vllm
         from hsd.rollout.vllm_server import VllmServerEngine
 
+        require_vllm(engine)
         return VllmServerEngine(
             engine,
             model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,6 +40,32 @@ def server_command(
     if config.weight_sync == "nccl":
         words += ["--weight-transfer-config", json.dumps({"backend": "nccl"})]
     return [*words, *config.arguments]
+
+
+def require_vllm(config: EngineConfig) -> None:
+    """Looks for vLLM where the trainer would start it, before anything is.
+
+    Raises:
+        ValueError: the Python cannot be run, or does not find vLLM.
+    """
+    if config.urls:
+        return
+    python = str(config.python or sys.executable)
+    words = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    expected = "the Python of an environment with vLLM, such as `make test-vllm` installs"
+    try:
+        found = subprocess.run(
+            [python, "-c", words],
+            env={**os.environ, **config.environment},
+            capture_output=True,
+            check=False,
+        )
+    except OSError as error:
+        raise ValueError(
+            f"engine.python: found {python!r} ({error.strerror}), expected {expected}"
+        ) from None
+    if found.returncode:
+        raise ValueError(f"engine.python: found {python!r} without vLLM, expected {expected}")
 
 
 def server_environment(config: EngineConfig, place: int) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hsd.checks import require_folder
 from hsd.config import Config
 from hsd.logs.completions import CompletionRow
 from hsd.logs.trackers import open_trackers, remove_traces
@@ -46,8 +47,8 @@ class RunFolder:
 
     Raises:
         FileExistsError: the folder holds something.
-        ValueError: a file to go on with is shorter than that; or what the configuration logs to
-            cannot be used.
+        ValueError: the folder cannot be made; a file to go on with is shorter than that; or what
+            the configuration logs to cannot be used.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class RunFolder:
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise FileExistsError(f"run_dir: found {path} in use, expected a new or empty folder")
         else:
+            require_folder("run_dir", path)
             (path / STATES).mkdir(parents=True)
             lock.take()
         try:

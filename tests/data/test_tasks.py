@@ -1,4 +1,5 @@
 import dataclasses
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -202,7 +203,7 @@ def test_what_reasoning_gym_cannot_give_is_refused(
 
 def test_without_reasoning_gym_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(ImportError, match=r'pip install "hsd-kernels\[train\]"'):
+    with pytest.raises(ValueError, match=r'pip install "hsd-kernels\[train\]"'):
         load_task(ReasoningGymTask(dataset="leg_counting"))
 
 
@@ -230,3 +231,23 @@ def test_an_unknown_verifier_is_refused(tmp_path: Path) -> None:
 def test_human_eval_splits_do_not_overlap() -> None:
     with pytest.raises(ValueError, match="found 165 questions in the three splits, expected at m"):
         HumanEvalTask(train_questions=100, heldout_questions=65)
+
+
+def test_without_human_eval_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "human_eval" else find(name)
+    )
+    with pytest.raises(ValueError, match=r'pip install "hsd-kernels\[train\]"'):
+        load_task(HumanEvalTask())
+
+
+def test_without_math_verify_the_error_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "hsd.data.verify.math_answer", None)
+    monkeypatch.delattr("hsd.data.verify.math_answer", raising=False)
+    path = tmp_path / "math.jsonl"
+    path.write_text('{"prompt": "Halve 1.", "answer": "0.5"}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r'pip install "hsd-kernels\[train\]"'):
+        load_task(JsonlTask(train=path, verifier="math"))

@@ -27,6 +27,7 @@ from hsd.distributed.config import ShardingConfig
 from hsd.distributed.load import load_sharded
 from hsd.distributed.process import World, leave_world, sharding_mesh
 from hsd.objective.config import ObjectiveConfig
+from hsd.policy.config import AdapterConfig
 from hsd.policy.optimizer import adamw
 from hsd.rollout.config import EngineConfig
 from hsd.trainer import sharded_policy, whole_policy
@@ -54,8 +55,9 @@ def architecture(**changes: Any) -> Qwen3Config:
     )
 
 
-def scenario(*, world_size: int = 1, **sharding: Any) -> Scenario:
+def scenario(*, world_size: int = 1, rank: int = 0, **sharding: Any) -> Scenario:
     config = Config(
+        adapter=AdapterConfig(rank=rank),
         micro_batch_tokens=1,
         objective=ObjectiveConfig(max_chunk_bytes=CHUNK_BYTES),
         sharding=ShardingConfig(**sharding),
@@ -122,6 +124,8 @@ SHARDINGS: dict[str, dict[str, Any]] = {
     "whole, checkpointed": {"activation_checkpointing": True},
     "sharded": {"mode": "full"},
     "sharded, checkpointed": {"mode": "full", "activation_checkpointing": True},
+    "whole, adapters": {"rank": 8},
+    "sharded, adapters": {"rank": 8, "mode": "full"},
 }
 
 
@@ -168,6 +172,20 @@ def test_each_rank_has_its_share() -> None:
     gathered = sum(phase.traffic["allgather"] for phase in found.phases)
     layers = 4 * given.parameters - 2 * head
     assert gathered > 2 * 4 * layers
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_of_adapters_alone_gradients_and_states_are_kept(mode: str) -> None:
+    rank = 8
+    given = scenario(world_size=1, rank=rank, mode=mode)
+    found = simulate.simulate(given)
+    ends = 2 * (64 + 64 + 64 + 32 + 64 + 32 + 64 + 64) + 2 * 3 * (64 + 160)  # in + out of each
+    factors = 4 * rank * ends
+    assert found.resident["parameters"] == pytest.approx(4 * given.parameters + factors, rel=0.01)
+    assert found.resident["optimiser state"] == pytest.approx(2 * factors, rel=0.01)
+    assert found.resident["reference, teacher"] == 0  # the same weights without the adapter
+    gradients = max(phase.by_kind()["gradients"] for phase in found.phases)
+    assert gradients == pytest.approx(factors, rel=0.01)
 
 
 def test_the_engine_of_the_recipe_is_counted() -> None:
@@ -248,9 +266,11 @@ def test_the_command(
     )
     figure = tmp_path / "budget.png"
     words = ["budget", recipe, "--response-tokens", 256, "--prompt-tokens", 32, "--figure", figure]
-    assert run_hsd(*words, "--gpu-memory", "80GB", "--no-search") == 0
-    shown = capsys.readouterr().out
+    assert run_hsd(*words, "--gpu-memory", "80GB") == 0
+    shown, working = capsys.readouterr()
+    assert working == "simulating a step: 256 response tokens on 8 GPUs\n"
     assert "fits, " in shown
+    assert "not searched, the model lacks positions for more" in shown
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert run_hsd(*words, "--gpu-memory", "1GB", "--no-search") == 1
     shown = " ".join(capsys.readouterr().out.split())
@@ -263,8 +283,14 @@ def test_the_command(
     ("words", "said"),
     [
         (["--gpu-memory", "80"], "--gpu-memory: found '80', expected such as 80GB"),
+        (["--gpu-memory", "80KB"], "--gpu-memory: found '80KB', expected such as 80GB"),
         (["--gpu-memory", "0GB"], "--gpu-memory: found '0GB'"),
         (["--world-size", "0"], "--world-size: found 0, expected >= 1"),
+        (["--world-size", "100000"], "--world-size: found 100000, expected at most 1024"),
+        (
+            ["--response-tokens", "300", "--prompt-tokens", "213"],
+            "--response-tokens: found 300, expected at most 299, the positions of",
+        ),
         (["--figure", "no/such/folder.png"], "--figure: found 'no/such/folder.png'"),
         (["--figure", "figure.txt"], "--figure: found 'figure.txt', expected a .png"),
     ],
@@ -281,6 +307,18 @@ def test_bad_arguments(
     assert said in capsys.readouterr().err
 
 
-def test_bytes() -> None:
-    assert command.parse_bytes("80GB") == 80 * 10**9
-    assert command.parse_bytes("1.5GiB") == 3 * 2**29
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("80GB", 80 * 10**9),
+        ("80G", 80 * 10**9),
+        ("80 gb", 80 * 10**9),
+        ("80GiB", 80 * 2**30),
+        ("80Gi", 80 * 2**30),
+        ("1.5gib", 3 * 2**29),
+        ("81559MiB", 81559 * 2**20),
+        ("0.08TB", 80 * 10**9),
+    ],
+)
+def test_bytes(text: str, nbytes: int) -> None:
+    assert command.parse_bytes(text) == nbytes

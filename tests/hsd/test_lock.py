@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -104,4 +105,27 @@ def test_a_file_that_its_holder_removed_meanwhile_is_not_locked(
     monkeypatch.setattr(fcntl, "flock", late)
     second.take()
     with pytest.raises(ValueError, match="in use"):
+        FolderLock(tmp_path).take()
+
+
+def test_a_file_system_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without(file: Any, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    with FolderLock(tmp_path) as lock, pytest.warns(UserWarning, match="without locks: see that"):
+        lock.take()
+    assert not (tmp_path / "lock").exists()
+
+
+def test_a_lock_that_fails_otherwise_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(file: Any, operation: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    with pytest.raises(OSError, match="Input/output error"):
         FolderLock(tmp_path).take()

@@ -1,4 +1,4 @@
-"""The three commands of docs/own-data.md, as they stand there, on a tiny model."""
+"""The three commands of README.md and docs/own-data.md, as they stand there, on a tiny model."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ SMALL = ["--steps", "2", "--rollout.max-new-tokens", "4", "--evaluation.samples"
 RunHsd = Callable[..., int]
 
 
-def commands() -> list[list[str]]:
-    """The block of shell in the page."""
-    (block,) = re.findall(
-        r"^```sh\n(.*?)^```", (ROOT / "docs" / "own-data.md").read_text(), re.MULTILINE | re.DOTALL
-    )
+def commands(page: str) -> list[list[str]]:
+    """The block of a page that starts with `hsd overlap`."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```(?:sh)?\n(hsd overlap.*?)^```", text, re.MULTILINE | re.DOTALL)
     return [shlex.split(line) for line in block.splitlines()]
 
 
@@ -43,10 +42,11 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_directory: P
     return folder
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/own-data.md"])
 def test_three_commands_from_a_file_of_questions_to_a_measured_checkpoint(
-    checkout: Path, run_hsd: RunHsd, capsys: pytest.CaptureFixture[str]
+    page: str, checkout: Path, run_hsd: RunHsd, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    overlap, train, evaluate = commands()
+    overlap, train, evaluate = commands(page)
     assert [command[:2] for command in (overlap, train, evaluate)] == [
         ["hsd", "overlap"],
         ["hsd", "train"],

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers.core_model_loading import Concatenate, WeightConverter
 
+from hsd.distributed import names
 from hsd.distributed.config import ShardingConfig
 from hsd.distributed.fsdp import local_part
 from hsd.distributed.load import load_sharded
@@ -198,6 +200,24 @@ def test_files_of_another_model_are_refused(
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=message):
         load(tmp_path, mesh_of(0))
+
+
+def test_weights_that_would_be_computed_from_those_of_the_files_are_refused(
+    make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank reads its rows of a weight alone: what joins several files' weights cannot be."""
+    halves = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    joins = WeightConverter(halves, "mlp.gate_up_proj.weight", operations=[Concatenate(dim=0)])
+    monkeypatch.setattr(names, "get_model_conversion_mapping", lambda model: [joins])
+    layer = "model.layers.0."
+    with pytest.raises(
+        ValueError,
+        match=r"sharding\.mode: found weight model\.layers\.0\.mlp\.gate_proj\.weight, which "
+        r"transformers makes model\.layers\.0\.mlp\.gate_up_proj\.weight of by Concatenate",
+    ):
+        names.stored_weights(
+            make_model(), {f"{layer}mlp.gate_up_proj.weight"}, [layer + half for half in halves]
+        )
 
 
 @pytest.mark.parametrize("index", [{"weight_map": {"a": "../b.safetensors"}}, [], {}])

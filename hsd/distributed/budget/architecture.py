@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from hsd.policy.adapters import Adapters, add_adapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -50,6 +53,17 @@ def empty_model(
     model.eval()
     found: PreTrainedModel = model
     return found
+
+
+def add_fake_adapters(model: PreTrainedModel, adapters: Adapters) -> None:
+    """As `add_adapters`, in a model of fake tensors, which peft cannot move between devices."""
+    with unset_fake_temporarily():
+        add_adapters(model, adapters)
+    for module in cast(torch.nn.Module, model).modules():
+        for name, factor in list(module.named_parameters(recurse=False)):
+            if not isinstance(factor, FakeTensor):
+                fake = torch.empty(factor.shape, dtype=factor.dtype, device=factor.device)
+                setattr(module, name, torch.nn.Parameter(fake, factor.requires_grad))
 
 
 def kv_cache_bytes(architecture: PreTrainedConfig) -> int:

@@ -6,18 +6,19 @@ import dataclasses
 import math
 import re
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from hsd.checks import require
 from hsd.config import Config
-from hsd.distributed.budget import report
-from hsd.distributed.budget import tracker as kinds
+from hsd.distributed.budget import kinds, report
 from hsd.distributed.budget.architecture import load_architecture
 from hsd.distributed.budget.estimate import (
     Assumptions,
@@ -32,18 +33,19 @@ from hsd.distributed.budget.simulate import LossName, Scenario, Simulation, simu
 from hsd.recipe import fail, load_recipe, parse_flags
 
 _CONTEXT_TEXT = 128  # tokens of the teacher's prompt around peer and answer
-_UNITS = {"GB": 10**9, "GiB": 2**30}
+_MOST_RANKS = 1024  # the work grows with them, and a rank's share of the memory hardly falls
+_UNITS = {"M": (10**6, 2**20), "G": (10**9, 2**30), "T": (10**12, 2**40)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetArguments:
-    """Simulate a step on fake tensors and say what it needs of each GPU.
+    """Simulate a step on fake tensors and say what it needs of each GPU; takes a minute or more.
 
     Args:
         recipe: path of a recipe; its model's architecture is shipped (Qwen3-8B and 32B), in its
             directory, or on the hub.
-        world_size: GPUs, one rank each.
-        gpu_memory: of one GPU, such as 80GB or 74GiB.
+        world_size: GPUs, one rank each; at most 1024.
+        gpu_memory: of one GPU, such as 80GB or 80G (10^9 bytes), 74GiB (2^30) or 81559MiB.
         response_tokens: of every rollout; default: the recipe's rollout.max_new_tokens.
         prompt_tokens: of a question.
         engine_gpus: GPUs that share the weights of one engine, by tensor parallelism; default: the
@@ -79,7 +81,7 @@ def main(argv: list[str]) -> int:
     # Of torch, on fake tensors that it prints or copies.
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
     console = Console()
-    simulation = simulate(scenario)
+    simulation = _simulated(scenario)
     _show(console, scenario, simulation, gpu_bytes, figure)
     if arguments.compare:
         console.print(_comparison(scenario, simulation, gpu_bytes))
@@ -89,15 +91,35 @@ def main(argv: list[str]) -> int:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of "80GB" (10^9) or "80GiB" (2^30).
+    """Bytes of "80GB", "80 gb" or "80G" (80 * 10^9), "80GiB" or "80Gi" (80 * 2^30); also M and T.
 
     Raises:
         ValueError: another form, or nothing.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(GB|GiB)", text)
-    if not found or not float(found[1]):
-        raise ValueError(f"--gpu-memory: found {text!r}, expected such as 80GB or 80GiB")
-    return int(float(found[1]) * _UNITS[found[2]])
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT])(I?)B?", text.strip(), re.ASCII | re.IGNORECASE)
+    nbytes = int(float(found[1]) * _UNITS[found[2].upper()][bool(found[3])]) if found else 0
+    if not nbytes:
+        raise ValueError(f"--gpu-memory: found {text!r}, expected such as 80GB, 80GiB or 81559MiB")
+    return nbytes
+
+
+def _simulated(scenario: Scenario) -> Simulation:
+    """With a line on stderr of what is simulated: it takes most of a minute."""
+    console = Console(stderr=True)
+    loss = "" if scenario.loss == "fused" else f", {scenario.loss.replace('_', ' ')} loss"
+    what = (
+        f"simulating a step: {scenario.response_tokens:,} response tokens on "
+        f"{scenario.world_size} GPUs{loss}"
+    )
+    progress: AbstractContextManager[object] = nullcontext()
+    if console.is_terminal:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        progress = shown = Progress(*columns, console=console, transient=True)
+        shown.add_task(what, total=None)
+    else:
+        console.print(what, soft_wrap=True, highlight=False)
+    with progress:
+        return simulate(scenario)
 
 
 def scenario_of(config: Config, arguments: BudgetArguments) -> Scenario:
@@ -118,16 +140,20 @@ def scenario_of(config: Config, arguments: BudgetArguments) -> Scenario:
     }
     for name, value in numbers.items():
         require(f"--{name}", value, value >= 1, ">= 1")
-    whole, size = arguments.world_size % engine_gpus == 0, arguments.world_size
+    size = arguments.world_size
+    require("--world-size", size, size <= _MOST_RANKS, f"at most {_MOST_RANKS}")
+    whole = size % engine_gpus == 0
     require("--engine-gpus", engine_gpus, whole, f"a divisor of --world-size, {size}")
-    rank, expected = config.adapter.rank, "0: a budget is of a run that trains all weights"
-    require("adapter.rank", rank, rank == 0, expected)
     context, peers = config.context, config.peers
     peer_tokens = peers.count * context.peer_token_budget if context.show_peer else 0
+    architecture = load_architecture(config.model.name)
+    longest = architecture.max_position_embeddings - arguments.prompt_tokens
+    expected = f"at most {longest}, the positions of {config.model.name} behind --prompt-tokens"
+    require("--response-tokens", response, response <= longest, expected)
     return Scenario(
         config=config,
-        architecture=load_architecture(config.model.name),
-        world_size=arguments.world_size,
+        architecture=architecture,
+        world_size=size,
         prompt_tokens=arguments.prompt_tokens,
         context_tokens=_CONTEXT_TEXT + peer_tokens,
         response_tokens=response,
@@ -214,11 +240,16 @@ def _show_longest(
         - scenario.prompt_tokens
         - scenario.context_tokens
     )
+    if most < GRANULE:
+        console.print(
+            "longest responses that fit: not searched, the model lacks positions for more"
+        )
+        return
 
     def slack(tokens: int) -> int:
         known = tokens == scenario.response_tokens
         tried = dataclasses.replace(scenario, response_tokens=tokens)
-        peak = simulation.peak if known else simulate(tried).peak
+        peak = simulation.peak if known else _simulated(tried).peak
         return gpu_bytes - assumed(scenario).needed(peak)
 
     found = longest_response(slack, start=scenario.response_tokens, most=most)
@@ -233,7 +264,7 @@ def _comparison(scenario: Scenario, fused: Simulation, gpu_bytes: int) -> Table:
     names: tuple[LossName, ...] = ("fused", "chunk_loop", "naive")
     for name in names:
         other = dataclasses.replace(scenario, loss=name)
-        simulation = fused if name == scenario.loss else simulate(other)
+        simulation = fused if name == scenario.loss else _simulated(other)
         needed = assumed(scenario).needed(simulation.peak)
         workspace = max(phase.by_kind()["loss workspace"] for phase in simulation.phases)
         numbers = (workspace, simulation.peak, needed, gpu_bytes - needed)

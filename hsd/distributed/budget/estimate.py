@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from hsd.distributed.budget import tracker as kinds
+from hsd.distributed.budget import kinds
 from hsd.distributed.budget.architecture import kv_cache_bytes
 from hsd.distributed.budget.simulate import MICRO_BATCHES, Scenario, Simulation
 
@@ -193,4 +193,5 @@ def _optimizer(simulation: Simulation, assumptions: Assumptions) -> float:
     if states:
         weights = states / 2
         return 3 * weights / assumptions.host_link + 7 * weights / assumptions.host_memory
-    return 7 * simulation.resident[kinds.PARAMETERS] / assumptions.gpu_memory
+    # Two states to a weight that is trained, which with adapters most are not.
+    return 7 * simulation.resident[kinds.OPTIMIZER] / 2 / assumptions.gpu_memory

@@ -8,7 +8,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from hsd.distributed.budget.tracker import KINDS, Phase
+from hsd.distributed.budget.kinds import KINDS
+from hsd.distributed.budget.tracker import Phase
 
 ENGINE = "engine weights"
 CACHE = "engine KV cache"
@@ -46,9 +47,9 @@ def gigabytes(nbytes: float) -> str:
 def memory_table(rows: Rows, *, title: str) -> Table:
     """Kinds down, phases across; GB."""
     table = Table(title=title)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in rows:
-        table.add_column(name, justify="right")
+        table.add_column(name.removesuffix(" forward"), justify="right", overflow="fold")
     for kind in (*KINDS, ENGINE, CACHE):
         if any(row.get(kind) for row in rows.values()):
             table.add_row(kind, *(gigabytes(row.get(kind, 0)) for row in rows.values()))

@@ -16,15 +16,16 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from hsd import train
+from hsd import train, trainer
 from hsd.config import Config
-from hsd.distributed.budget import tracker as kinds
-from hsd.distributed.budget.architecture import empty_model
+from hsd.distributed.budget import kinds
+from hsd.distributed.budget.architecture import add_fake_adapters, empty_model
 from hsd.distributed.budget.losses import chunk_loop_loss, naive_loss
 from hsd.distributed.budget.tracker import Phase, StepTracker, watching_resizes
 from hsd.distributed.fsdp import shard_policy
 from hsd.distributed.process import World
 from hsd.objective import step
+from hsd.policy.adapters import Adapters
 from hsd.policy.optimizer import adamw
 from hsd.policy.packing import TrainingRow
 from hsd.policy.precision import compute_dtype
@@ -197,8 +198,15 @@ def _policy(scenario: Scenario, tracker: StepTracker, mesh: DeviceMesh) -> Polic
     auto = scenario.backend == "triton" and config.model.compute_dtype == "auto"
     compute = torch.bfloat16 if auto else compute_dtype(config.model.compute_dtype)
 
-    def load(*, frozen: bool = False, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    def load(
+        *,
+        frozen: bool = False,
+        dtype: torch.dtype = torch.float32,
+        adapters: Adapters | None = None,
+    ) -> PreTrainedModel:
         model = empty_model(architecture, dtype=dtype)
+        if adapters is not None:
+            add_fake_adapters(model, adapters)
         shard_policy(model, config.sharding, mesh, compute_dtype=compute, frozen=frozen)
         return model.to_empty(device="cpu")
 
@@ -209,9 +217,10 @@ def _policy(scenario: Scenario, tracker: StepTracker, mesh: DeviceMesh) -> Polic
         policy = sharded_policy(config, load, compute)
     else:
         # A copy of a fake tensor would copy memory that is not there.
-        policy = whole_policy(
-            config, whole(), compute, copy_of=lambda *_: whole().requires_grad_(False)
-        )
+        with mock.patch.object(trainer, "add_adapters", add_fake_adapters):
+            policy = whole_policy(
+                config, whole(), compute, copy_of=lambda *_: whole().requires_grad_(False)
+            )
     for model in _models(policy):
         own, sharding = model is policy.model, config.sharding
         in_host_memory = sharding.offload == "all" if own else sharding.offload_reference
@@ -230,6 +239,7 @@ def _loss_flop(student_hidden: Tensor, arguments: Mapping[str, Any]) -> float:
         vocab_size,
         teacher=arguments["teacher_hidden"] is not None,
         reference="ref_hidden" in arguments,
+        weight_gradient=arguments["weight"].requires_grad,
     ).gemms
     return products * 2 * rows * hidden_size * vocab_size
 

@@ -22,28 +22,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from hsd.distributed.budget.flop import flop_of
+from hsd.distributed.budget.kinds import KINDS, LASTING, LOSS, PARAMETERS, UNSHARDED
 
 aten = torch.ops.aten
-
-PARAMETERS = "parameters"
-GRADIENTS = "gradients"
-OPTIMIZER = "optimiser state"
-REFERENCE = "reference, teacher"
-ACTIVATIONS = "activations"
-LOSS = "loss workspace"
-UNSHARDED = "unsharded"
-WORKSPACE = "optimiser workspace"
-KINDS = (
-    PARAMETERS,
-    GRADIENTS,
-    OPTIMIZER,
-    REFERENCE,
-    UNSHARDED,
-    ACTIVATIONS,
-    LOSS,
-    WORKSPACE,
-)
-_LASTING = (PARAMETERS, GRADIENTS, OPTIMIZER, REFERENCE)
 
 
 @dataclass(eq=False)
@@ -222,7 +203,7 @@ class StepTracker(FakeTensorMode):  # type: ignore[no-untyped-call]
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
                 allocation = self._register(_storage(tensor))
-                if allocation.kind not in _LASTING:  # a shard may go into a collective as it is
+                if allocation.kind not in LASTING:  # a shard may go into a collective as it is
                     allocation.kind = UNSHARDED
 
     def _see_collective(self, func: Any, args: Any) -> None:
