@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from hsd.config import Config, ModelConfig, ObjectiveConfig
-from hsd.distributed.budget.command import BudgetArguments, scenario_of
 from hsd.distributed.fsdp import whole_weights
 from hsd.distributed.process import World
 from hsd.metrics import read_json_lines
@@ -285,8 +284,6 @@ def test_what_cannot_be_adapted_is_named(
         add_adapters(make_model(), adapters(rank=1))
     with pytest.raises(ValueError, match=r"adapter\.alpha: found 8.0, expected adapter\.rank"):
         AdapterConfig(alpha=8.0)
-    with pytest.raises(ValueError, match=r"adapter\.rank: found 3, expected 0: a budget"):
-        scenario_of(Config(adapter=ADAPTER), BudgetArguments(recipe=Path("any.toml")))
 
 
 def test_of_a_mixture_of_experts_attention_is_adapted(tmp_path: Path) -> None:

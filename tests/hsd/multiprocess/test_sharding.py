@@ -105,9 +105,9 @@ def test_the_gradient_of_a_head_in_bfloat16_is_not_rounded(
 ) -> None:
     found = sharded[2, name][0]["gradient/0"]
     assert error(found, alone(ROUNDED[name])["gradient/0"]) < 0.05
-    # One rank has all rows in several micro-batches; rounded, its sums were those of few numbers.
+    # Each micro-batch gives bf16 products; sums of them, rounded, would be bf16 numbers again.
     head = found[-260 * 32 :] if name == "bfloat16-llama" else found[: 260 * 32]
-    assert (head != head.bfloat16().float()).float().mean() > 0.9
+    assert (head != head.bfloat16().float()).float().mean() > 0.5
 
 
 @pytest.mark.parametrize("offload", OFFLOADS)
