@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hsd_kernels.huge_pages import in_huge_pages
 from hsd_kernels.plan import Plan, RowGroup, plan_groups
 from hsd_kernels.problem import Problem, Side
 from hsd_kernels.rows.buffers import row_buffer
@@ -99,7 +98,7 @@ def logit_dtype(problem: Problem) -> torch.dtype:
 def new_rows(problem: Problem, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """An uninitialised chunk buffer (rows, columns) as the backend's row kernels need it."""
     if problem.settings.backend == "cpu":
-        return in_huge_pages(problem.student.new_empty((rows, columns), dtype=dtype))
+        return problem.student.new_empty((rows, columns), dtype=dtype)
     return row_buffer(rows, columns, dtype=dtype, device=problem.student.device)
 
 
