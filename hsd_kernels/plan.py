@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from hsd_kernels.checks import check_choice, check_count, check_flag
+from hsd_kernels.checks import check_bytes, check_choice, check_count, check_flag
 
 DEFAULT_CHUNK_BYTES = 512 * 1024**2
 # On a GPU a chunk has this many rows, where that takes no more than so many bytes: with fewer, the
@@ -235,7 +235,9 @@ def _check(arguments: Mapping[str, Any]) -> None:
         check_count(name, arguments[name], lowest=least)
     if arguments["temperatures"] > 2:
         raise ValueError(f"temperatures: found {arguments['temperatures']}, expected 1 or 2")
-    for name in ("teacher", "reference", "narrow", "jsd", "student_gradient", "weight_gradient"):
+    flags = ("teacher", "reference", "narrow", "jsd", "student_gradient", "weight_gradient")
+    for name in (*flags, "compiled"):
         check_flag(name, arguments[name])
+    check_bytes("max_chunk_bytes", arguments["max_chunk_bytes"])
     check_choice("backend", arguments["backend"], ("cpu", "triton"))
     check_choice("precision", arguments["precision"], _PRECISIONS)
