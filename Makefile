@@ -67,7 +67,8 @@ test-vllm: $(VENV)/.stamp-test $(VLLM_VENV)/.stamp-vllm
 		$(VENV)/bin/python -m pytest tests/vllm --timeout 1200 $(ARGS)
 
 test-kernels: $(VENV)/.stamp-test
-	HSD_FULL_GRID=1 $(VENV)/bin/python -m pytest tests/kernels/test_triton_rows.py --timeout 0 $(ARGS)
+	HSD_FULL_GRID=1 $(VENV)/bin/python -m pytest tests/kernels/test_triton_rows.py \
+		tests/kernels/test_triton_generated.py --timeout 0 $(ARGS)
 
 test-kills: $(VENV)/.stamp-test
 	HSD_KILLS=20 $(VENV)/bin/python -m pytest tests/hsd/test_resume.py \
