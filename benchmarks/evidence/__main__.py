@@ -2,8 +2,9 @@
 
     python -m benchmarks.evidence benchmarks/evidence/plan.toml
 
-What is complete is not run again: stop it and start it as often as you like. A run that was cut off
-starts over. The page is written anew after every run.
+What has a record is not run again: stop it and start it as often as you like. A run that was cut
+off starts over. The page is written anew, from the records, after every run; delete a record to
+have its run repeated.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from benchmarks.evidence.page import write_page
 from benchmarks.evidence.plan import Job, Plan, load_plan
+from hsd.report.runs import read_run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     with locked(plan.folder / "lock"):
         write_page(plan, arguments.plan)
         for job, seed in [] if arguments.page_only else plan.order():
-            if job.complete(plan.folder, seed):
+            if job.complete(plan.records, seed):
                 continue
             print(f"{time.strftime('%H:%M')} {job.folder_name(seed)} ...", flush=True)
             if not run(plan, job, seed):
@@ -61,8 +63,25 @@ def run(plan: Plan, job: Job, seed: int) -> bool:
             )
             if done.returncode != 0:
                 return False
+    if job.kind == "train" and not read_run(folder).finished:  # it was told to stop
+        return False
     record_minutes(plan, job.folder_name(seed), (time.monotonic() - started) / 60)
+    keep(folder, plan.records / job.folder_name(seed))
     return True
+
+
+def keep(run: Path, record: Path) -> None:
+    """What the page reads of a complete run, whole or not at all."""
+    new = record.with_name(record.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    if (run / "summary.json").is_file():
+        shutil.copyfile(run / "summary.json", new / "summary.json")
+        shutil.copyfile(run / "figures" / "profile.png", new / "profile.png")
+    else:
+        shutil.copyfile(run / "config.json", new / "config.json")
+        shutil.copyfile(run / "metrics.jsonl", new / "metrics.jsonl")
+    new.rename(record)
 
 
 def log_path(plan: Plan, job: Job, seed: int) -> Path:
@@ -70,7 +89,8 @@ def log_path(plan: Plan, job: Job, seed: int) -> Path:
 
 
 def record_minutes(plan: Plan, name: str, minutes: float) -> None:
-    path = plan.folder / "minutes.json"
+    plan.records.mkdir(parents=True, exist_ok=True)
+    path = plan.records / "minutes.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     known[name] = round(minutes, 1)
     path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")

@@ -51,18 +51,18 @@ def write_page(plan: Plan, plan_file: Path) -> None:
 
 def _summary(plan: Plan, job: Job) -> Mapping[str, Any] | None:
     seed = job.seeds[0]
-    if not job.complete(plan.folder, seed):
+    if not job.complete(plan.records, seed):
         return None
-    path = plan.folder / job.folder_name(seed) / "summary.json"
+    path = plan.records / job.folder_name(seed) / "summary.json"
     summary: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return summary
 
 
 def _finished(plan: Plan, job: Job) -> list[Run]:
     return [
-        read_run(plan.folder / job.folder_name(seed))
+        read_run(plan.records / job.folder_name(seed))
         for seed in job.seeds
-        if job.complete(plan.folder, seed)
+        if job.complete(plan.records, seed)
     ]
 
 
@@ -95,8 +95,8 @@ def _credit(plan: Plan, job: Job, summary: Mapping[str, Any] | None) -> list[Par
         return [heading, Paragraph(text=f"{NOT_RUN}.")]
     image = plan.page.parent / "images" / f"{plan.page.stem}-{job.name}"
     image.parent.mkdir(parents=True, exist_ok=True)
-    figures = plan.folder / job.folder_name(job.seeds[0]) / "figures"
-    shutil.copyfile(figures / "profile.png", image.with_suffix(".png"))
+    record = plan.records / job.folder_name(job.seeds[0])
+    shutil.copyfile(record / "profile.png", image.with_suffix(".png"))
     rows = []
     for name, context in summary["contexts"].items():
         within = {share["within"]: share for share in context["shares"]}
@@ -151,12 +151,12 @@ def _learning(plan: Plan, runs: Mapping[str, Sequence[Run]]) -> list[Part]:
 
 
 def _commands(plan: Plan, plan_file: Path) -> list[Part]:
-    path = plan.folder / "minutes.json"
+    path = plan.records / "minutes.json"
     minutes = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     rows, lines = [], []
     for job, seed in plan.order():
         name = job.folder_name(seed)
-        if job.complete(plan.folder, seed):
+        if job.complete(plan.records, seed):
             status = f"{minutes[name]:.1f} min" if name in minutes else "complete"
         else:
             status = NOT_RUN

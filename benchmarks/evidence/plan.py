@@ -10,8 +10,6 @@ from typing import Any, Literal
 
 import pydantic
 
-from hsd.report.runs import read_run
-
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -54,15 +52,9 @@ class Job:
         credit += ["--groups", str(self.groups), "--contexts", *self.contexts, "--out", str(out)]
         return [([*train, "--run-dir", str(warm), *short], warm), (credit, out)]
 
-    def complete(self, folder: Path, seed: int) -> bool:
+    def complete(self, records: Path, seed: int) -> bool:
         """Whether there is nothing left to run."""
-        out = folder / self.folder_name(seed)
-        if self.kind == "credit":
-            return (out / "credit.html").is_file()  # what an export writes last
-        try:
-            return read_run(out).finished
-        except (OSError, ValueError):
-            return False
+        return (records / self.folder_name(seed)).is_dir()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +79,15 @@ class Comparison:
 class Plan:
     """Attributes:
     folder: of all runs.
+    records: folder of what the page needs of each complete run; it is meant to be committed, so
+        that a plan of many hours goes on in another clone.
     page: the Markdown file.
     title, about: its heading, and the paragraph below it.
     seeds: finished runs of a job that a verdict needs.
     """
 
     folder: Path
+    records: Path
     page: Path
     title: str
     about: str
@@ -101,9 +96,8 @@ class Plan:
     claims: tuple[Comparison, ...] = field(default=())
 
     def order(self) -> list[tuple[Job, int]]:
-        """The first seed of every job in the file's order, then the second of each, ..."""
-        rounds = range(max(len(job.seeds) for job in self.jobs))
-        return [(job, job.seeds[i]) for i in rounds for job in self.jobs if i < len(job.seeds)]
+        """All seeds of the first job, then of the second: a claim needs all seeds of its two."""
+        return [(job, seed) for job in self.jobs for seed in job.seeds]
 
     def job(self, name: str) -> Job:
         return next(job for job in self.jobs if job.name == name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.evidence.__main__ import locked, main
+from benchmarks.evidence.__main__ import locked, main, run
 from benchmarks.evidence.plan import Comparison, load_plan
 from benchmarks.evidence.verdicts import (
     FAILS,
@@ -115,9 +117,9 @@ def test_the_plans_that_ship_are_whole(name: str, page: str) -> None:
     plan = load_plan(ROOT / "benchmarks" / "evidence" / f"{name}.toml")
     order = plan.order()
     assert len(order) == sum(len(job.seeds) for job in plan.jobs) == len(set(map(str, order)))
-    assert [seed for _, seed in order] == sorted(seed for _, seed in order)
     assert all((ROOT / job.recipe).is_file() for job in plan.jobs)
     assert plan.folder == Path("runs") / page and plan.page == Path("docs") / f"{page}.md"
+    assert plan.records == Path("benchmarks/evidence/records") / page
 
 
 @pytest.fixture
@@ -126,6 +128,7 @@ def plan_file(tmp_path: Path, make_recipe: Callable[..., Path]) -> Path:
     path = tmp_path / "plan.toml"
     path.write_text(
         f"""folder = "{tmp_path}/runs"
+records = "{tmp_path}/records"
 page = "{tmp_path}/docs/evidence.md"
 title = "What holds"
 about = "Made."
@@ -183,11 +186,30 @@ def test_it_runs_what_is_missing_and_nothing_twice(tmp_path: Path, plan_file: Pa
     assert f"| {OPEN} | 2 failing rollouts with a peer |" in text or "failing rollouts" in text
     for image in ("evidence-credit.png", "evidence-curves.png"):
         assert f"images/{image}" in text and (page.parent / "images" / image).is_file()
-    minutes = json.loads((tmp_path / "runs" / "minutes.json").read_text())
+    minutes = json.loads((tmp_path / "records" / "minutes.json").read_text())
     assert set(minutes) == {"credit-seed0", "hsd-seed0", "hsd-seed1"}
-    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*.jsonl")}
+    shutil.rmtree(tmp_path / "runs")  # as in another clone: the records are enough
     assert main([str(plan_file)]) == 1
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*.jsonl")} == stamps
+    assert page.read_text() == text
+    assert not [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
+
+
+def test_a_run_that_was_told_to_stop_leaves_no_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan_file: Path
+) -> None:
+    plan = load_plan(plan_file)
+    plan.folder.mkdir()
+
+    def stopped(*_: object, **__: object) -> subprocess.CompletedProcess[str]:
+        folder = plan.folder / "hsd-seed0"
+        folder.mkdir()
+        (folder / "config.json").write_text('{"config": {"seed": 0, "steps": 1}}')
+        (folder / "metrics.jsonl").write_text('{"kind": "step", "step": 1}\n')
+        return subprocess.CompletedProcess([], 0)
+
+    monkeypatch.setattr(subprocess, "run", stopped)
+    assert not run(plan, plan.job("hsd"), 0)
+    assert not plan.job("hsd").complete(plan.records, 0)
 
 
 def test_two_at_a_time_are_refused(tmp_path: Path) -> None:
