@@ -14,6 +14,7 @@ from torch import Tensor
 from hsd_kernels.accumulation import Solution, Work, accumulate, empty_solution
 from hsd_kernels.backends import kernels_of, multiply
 from hsd_kernels.differentiation import token_loss
+from hsd_kernels.half import gradient_scale, multiply_sums
 from hsd_kernels.parallel import shard_of
 from hsd_kernels.passes import (
     Formed,
@@ -60,11 +61,16 @@ def solve(problem: Problem, wanted: Wanted) -> Solution:
         plan=plan,
         kernels=kernels_of(problem, fused=plan.fused),
         memory=allocate(problem, wanted, plan, sides=sides, columns=shard.columns),
+        scale=gradient_scale(problem, wanted) if groups else None,
     )
     solution = empty_solution(problem, wanted, plan, columns=shard.columns if groups else 0)
+    if work.scale is not None and solution.weight_grad_started:
+        multiply_sums(solution, work.scale, used=shard.columns)
     for group in groups:
         for rows in torch.split(group.rows, plan.rows_per_chunk):
             _chunk(work, group, rows, solution)
+    if work.scale is not None:
+        multiply_sums(solution, work.scale.reciprocal(), used=shard.columns)
     for shared in (solution.student_grad, solution.mass if any(wanted) else None):
         if shared is not None:
             shard.sum_(shared)
@@ -148,6 +154,8 @@ def _formed(work: Work, group: Group, rows: Tensor, hidden: Tensor, top: TopK) -
     if not any(work.wanted):
         return Formed(loss=loss, statistics=statistics, gradient=None, mass=None)
 
+    if work.scale is not None:
+        gradients = {name: gradient * work.scale for name, gradient in gradients.items()}
     # Written in place where dtypes allow; a second pass goes first, to read the logits.
     own = logits[0] if memory.gradient is None else memory.gradient[: rows.numel()]
     targets_of = [own]
