@@ -97,7 +97,7 @@ def test_fp16_adds_to_what_an_accumulator_holds():
         arguments["token_weights"] = torch.full((12,), 1e-6)
         given = {"backend": "triton", "weight_grad_out": total}
         given["weight"] = arguments["weight"].requires_grad_()
-        fused_hsd_loss(**arguments | given).loss.backward()
+        fused_hsd_loss(**arguments | given)  # the sum is formed during forward
         wanted += truth(arguments).gradients["weight"]
     assert relative_error(total, wanted) <= 5e-3
 
