@@ -78,7 +78,7 @@ def fused_token_loss(
             name of one that `register_token_loss` registered. Statistics, in nats: lse, entropy;
             logprob with `targets`; forward_kl, reverse_kl, jsd and, as constants, teacher_lse,
             teacher_entropy, top1_agree (and teacher_logprob with `targets`) with a teacher; ref_kl
-            with a reference. It is called once on a made-up token to see which it reads.
+            with a reference. It is called once on two made-up tokens to see which it reads.
         token_inputs: name -> (...,) vectors that the loss reads beside them, detached.
         token_weights: (...,) default 1/N. A row of weight 0 enters no GEMM.
         jsd_beta: the teacher's share of the mixture, between 0 and 1.

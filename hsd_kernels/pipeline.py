@@ -81,15 +81,17 @@ def solve(problem: Problem, wanted: Wanted) -> Solution:
 
 def _groups(problem: Problem) -> list[Group]:
     """Active rows by what they need; a row whose KL weighs nothing enters no teacher GEMM."""
-    with_teacher, with_reference = problem.needs_teacher, problem.needs_reference
-    groups = []
-    for teacher in (problem.teacher, None) if problem.teacher else (None,):
-        for reference in (problem.reference, None) if problem.reference else (None,):
-            chosen = problem.active & (with_teacher == (teacher is not None))
-            chosen &= with_reference == (reference is not None)
-            rows = chosen.nonzero().squeeze(-1)
-            if rows.numel():
-                groups.append(Group(rows, teacher, reference))
+    lacks_teacher, lacks_reference = ~problem.needs_teacher, ~problem.needs_reference
+    kind = torch.where(problem.active, 2 * lacks_teacher + lacks_reference, 4)
+    counts = (kind == torch.arange(4, device=kind.device)[:, None]).sum(-1).tolist()  # waits
+    order = torch.argsort(kind, stable=True)
+    groups, first = [], 0
+    for index, count in enumerate(counts):
+        rows = order[first : first + count]
+        first += count
+        if count:
+            teacher = None if index >= 2 else problem.teacher
+            groups.append(Group(rows, teacher, None if index % 2 else problem.reference))
     return groups
 
 

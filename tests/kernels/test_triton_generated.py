@@ -283,6 +283,8 @@ def assert_statistics(result: Result, expected: Result, nearby: Result) -> None:
             continue
         assert torch.equal(found.isnan(), wanted.isnan()), name
         known = ~wanted.isnan()
+        if not known.any():
+            continue
         found, wanted, near = found[known].double(), wanted[known], near[known]
         kl = name in ("kl", "ref_kl")
         if difference and kl:
@@ -299,13 +301,12 @@ def assert_statistics(result: Result, expected: Result, nearby: Result) -> None:
             assert ((found - wanted).abs() <= allowed).all(), name
 
 
-@pytest.mark.gradient
 @settings(
     max_examples=EXAMPLES,
     derandomize=True,
     deadline=None,
     database=None,
-    phases=(Phase.generate,),  # a mutated run needs no smaller example
+    phases=(Phase.generate,),  # to look for a smaller example takes minutes
     suppress_health_check=list(HealthCheck),
 )
 @given(cases())
