@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_problems import Draw, cast
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hsd_kernels import fused_hsd_loss, fused_token_loss, parity, plan, vocab_statistics
 
@@ -146,6 +147,42 @@ def test_of_statistics(options, message):
 def test_names_of_statistics_may_be_any_iterable():
     found = vocab_statistics(**problem(), statistics=(name for name in ("lse", "entropy")))
     assert found.lse.shape == found.entropy.shape == (N,)
+
+
+@pytest.fixture(scope="module")
+def group():
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+OF_A_GROUP: dict[str, tuple[dict[str, Any], str]] = {
+    "top-k": ({"top_k": 2}, "top_k: found 2, expected 0 with process_group"),
+    "the reference": (
+        {"backend": "reference"},
+        "process_group: found a value, expected none with backend='reference'",
+    ),
+    "a head that is cut elsewhere": (
+        {"teacher_weight": torch.ones(V + 1, D)},
+        f"teacher_weight: found {V + 1} rows, expected {V}: with process_group every head is",
+    ),
+    "no column in use": ({"vocab_size": 0}, "vocab_size: found 0, expected at least 1"),
+    "columns beyond all shards": (
+        {"vocab_size": 1000},
+        "vocab_size: found 1000, expected 1 to",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), OF_A_GROUP.values(), ids=OF_A_GROUP)
+def test_of_heads_that_are_sharded(group, options, message):
+    refused(message, fused_hsd_loss, **problem() | options, process_group=group)
+
+
+def test_of_statistics_over_a_group(group):
+    message = "process_group: found a value, expected none with backend='reference'"
+    options = {"process_group": group, "backend": "reference"}
+    refused(message, vocab_statistics, **problem() | options)
 
 
 def test_of_parity():

@@ -194,8 +194,8 @@ def cases(draw: st.DrawFn) -> Case:
         given = padded(given, draw(st.integers(1, 9)))
     if draw(st.booleans()):
         given |= {"sparse_tolerance": 1e-6, "sparse_max_columns": columns}
-    if draw(st.booleans()):  # three rows a chunk or more: of three sides and two gradients
-        given["max_chunk_bytes"] = 3 * 5 * 4 * columns
+    if draw(st.booleans()):  # nine rows a chunk or more: of three sides and two gradients
+        given["max_chunk_bytes"] = 9 * 5 * 4 * columns
     frozen = draw(st.sampled_from([(), (), (), ("weight", "bias"), ("student_hidden",)]))
     upstream = draw(st.sampled_from([1.0, -3.0]))
     if dtype == torch.float16:  # whose gradients need the scale of a loss in fp16
@@ -310,7 +310,8 @@ def assert_statistics(result: Result, expected: Result, nearby: Result) -> None:
     suppress_health_check=list(HealthCheck),
 )
 @given(cases())
-@pytest.mark.timeout(0 if FULL else 300)
+@pytest.mark.slow
+@pytest.mark.timeout(0 if FULL else 900)
 def test_generated_losses(case):
     options = {"frozen": case.frozen, "upstream": case.upstream}
     result = solve(case.arguments, backend="triton", **options)
