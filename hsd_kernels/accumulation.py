@@ -45,6 +45,7 @@ class Work:
     plan: Plan
     kernels: RowKernels
     memory: Workspace
+    scale: Tensor | None  # () that logit gradients in fp16 are multiplied by
     fp32: Work | None = None  # of the chunks that bf16 logits do not do for
 
 

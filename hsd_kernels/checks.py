@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hsd_kernels.token_losses import HSD_LOSS, LINEAR_LOSS
+
 if TYPE_CHECKING:
     from hsd_kernels.problem import Problem
 
+_LARGEST_INTEGER = 2**63 - 1  # that an op takes
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -25,6 +28,9 @@ def check_tensor(name: str, value: object) -> Tensor:
         )
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: found {type(value).__name__}, expected a tensor")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else value.layout
+        raise TypeError(f"{name}: found {kind}, expected a dense tensor (torch.strided)")
     return value
 
 
@@ -103,6 +109,11 @@ def per_token(
     return tensor.to(dtype)
 
 
+def own_input(name: str) -> str:
+    """What errors call an input of a loss of one's own."""
+    return f"token_inputs[{name!r}]"
+
+
 def target_ids(value: object, lead: torch.Size, device: torch.device) -> Tensor | None:
     if value is None:
         return None
@@ -122,11 +133,13 @@ def check_values(problem: Problem, vocab_size: int) -> None:
     Raises:
         ValueError: names the argument, what was found where, and what was expected.
     """
-    active = problem.active
+    active, loss = problem.active, problem.settings.loss
     for name, values in problem.inputs.items():
-        if name.startswith("upstream_"):  # autograd's: NaN passes through it
+        if loss == LINEAR_LOSS and name != "token_weights":  # autograd's: NaN passes through it
             continue
-        _check_everywhere(name, values, active & ~torch.isfinite(values), "finite values")
+        of_caller = loss == HSD_LOSS or name == "token_weights"
+        label = name if of_caller else own_input(name)
+        _check_everywhere(label, values, active & ~torch.isfinite(values), "finite values")
     for name in ("temperature", "kl_temperature", "teacher_temperature"):
         values = getattr(problem, name)
         bad = ~(torch.isfinite(values) & (values > 0))
@@ -191,14 +204,30 @@ def check_count(name: str, value: object, *, lowest: int) -> int:
         raise TypeError(f"{name}: found {type(value).__name__}, expected an integer")
     if value < lowest:
         raise ValueError(f"{name}: found {value}, expected at least {lowest}")
+    if value > _LARGEST_INTEGER:
+        raise ValueError(f"{name}: found {value}, expected at most {_LARGEST_INTEGER}")
     return value
+
+
+def check_bytes(name: str, value: object) -> int | None:
+    """A number of bytes; None stays None."""
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name}: found {type(value).__name__}, expected a number of bytes")
+    if not 0 < value <= _LARGEST_INTEGER:
+        raise ValueError(f"{name}: found {value}, expected > 0 bytes, and fewer than 2^63")
+    return int(value)
 
 
 def check_number(name: str, value: object, *, positive: bool = False) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name}: found {type(value).__name__}, expected a number")
-    if not math.isfinite(value) or (positive and value <= 0):
-        raise ValueError(f"{name}: found {value}, expected a finite number{' > 0' * positive}")
+    # Logits and losses are computed in float32: what it cannot hold would become 0 or infinite.
+    range_of = torch.finfo(torch.float32)
+    if not abs(value) <= range_of.max or (positive and value < range_of.tiny):
+        expected = f"a finite number{' > 0' * positive}, in the range of float32"
+        raise ValueError(f"{name}: found {value}, expected {expected}")
     return float(value)
 
 

@@ -232,7 +232,10 @@ def _statistics_gradients(
     values = dict(zip(OUTPUTS, torch.ops.hsd_kernels.solve(**a), strict=True))
     for name in ("student", "weight", "bias"):
         if a[f"want_{name}"]:
-            gradients[_PARAMETERS.index(name)] = values[f"{name}_grad"].to(a["student"].dtype)
+            gradient = values[f"{name}_grad"].to(a["student"].dtype)
+            if torch.is_grad_enabled():  # create_graph: `scale` refuses a second derivative
+                gradient = scaled(gradient, gradient.new_ones(()), a[name])
+            gradients[_PARAMETERS.index(name)] = gradient
     return tuple(gradients)
 
 

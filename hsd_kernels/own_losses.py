@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hsd_kernels.arguments import (
-    LossChoice,
     available_statistics,
-    check_needs,
-    checked_divergence,
     compute_dtype_of,
     per_token_inputs,
     problem,
 )
-from hsd_kernels.checks import hidden_states
+from hsd_kernels.checks import hidden_states, own_input
 from hsd_kernels.loss import BackendChoice, PrecisionChoice, run
 from hsd_kernels.ops import statistics_of
+from hsd_kernels.options import LossChoice, check_needs, checked_divergence
 from hsd_kernels.outputs import LossOutput
 from hsd_kernels.problem import Problem
-from hsd_kernels.reference import dense_statistics
+from hsd_kernels.reference import check_dense, dense_statistics
 from hsd_kernels.statistics import DIFFERENTIABLE, STATISTICS
 from hsd_kernels.token_losses import (
     LINEAR_LOSS,
@@ -80,7 +78,7 @@ def fused_token_loss(
             name of one that `register_token_loss` registered. Statistics, in nats: lse, entropy;
             logprob with `targets`; forward_kl, reverse_kl, jsd and, as constants, teacher_lse,
             teacher_entropy, top1_agree (and teacher_logprob with `targets`) with a teacher; ref_kl
-            with a reference. It is called once on a made-up token to see which it reads.
+            with a reference. It is called once on two made-up tokens to see which it reads.
         token_inputs: name -> (...,) vectors that the loss reads beside them, detached.
         token_weights: (...,) default 1/N. A row of weight 0 enters no GEMM.
         jsd_beta: the teacher's share of the mixture, between 0 and 1.
@@ -93,12 +91,7 @@ def fused_token_loss(
     arguments = dict(locals())
     check_needs(arguments)
     student = hidden_states("student_hidden", student_hidden)
-    if not isinstance(token_inputs, Mapping | None):
-        found = type(token_inputs).__name__
-        raise TypeError(f"token_inputs: found {found}, expected a mapping of names to tensors")
-    given = per_token_inputs(token_inputs or {}, student)
-    if "token_weights" in given:
-        raise ValueError("token_inputs: found 'token_weights', expected it as an argument")
+    given = _own_inputs(token_inputs, student)
     key = token_loss_key(token_loss)
     read = statistics_read(
         find_token_loss(key),
@@ -108,7 +101,7 @@ def fused_token_loss(
     )
     choice = LossChoice(
         loss=key,
-        jsd_beta=_interior(jsd_beta),
+        jsd_beta=_interior(jsd_beta, read, "a token_loss that reads"),
         statistics=_ordered((*_STATISTICS_OF_ALL, *read)),
         inputs=given,
     )
@@ -185,7 +178,7 @@ def vocab_statistics(
     arguments["token_weights"] = _weights(row_mask, student)
     choice = LossChoice(
         loss=LINEAR_LOSS,
-        jsd_beta=_interior(jsd_beta),
+        jsd_beta=_interior(jsd_beta, names, "statistics with"),
         statistics=_ordered((*_STATISTICS_OF_ALL, *names)),
         inputs={},
     )
@@ -201,6 +194,7 @@ def vocab_statistics(
 
 def _values(checked: Problem) -> dict[str, Tensor]:
     if checked.settings.backend == "reference":
+        check_dense(checked)
         return dense_statistics(checked)
     return dict(zip(STATISTICS, statistics_of(checked), strict=True))
 
@@ -221,8 +215,11 @@ def _weights(row_mask: Tensor | None, student: Tensor) -> Tensor:
 
 
 def _asked_for(statistics: Sequence[str], available: tuple[str, ...]) -> tuple[str, ...]:
-    if isinstance(statistics, str) or not statistics:
+    if isinstance(statistics, str) or not isinstance(statistics, Iterable):
         raise ValueError(f"statistics: found {statistics!r}, expected a sequence of names")
+    statistics = tuple(statistics)
+    if not statistics:
+        raise ValueError("statistics: found none, expected a sequence of names")
     for name in statistics:
         if name not in STATISTICS:
             raise ValueError(
@@ -233,11 +230,32 @@ def _asked_for(statistics: Sequence[str], available: tuple[str, ...]) -> tuple[s
                 f"statistics: found {name!r}, expected the inputs that it needs beside it "
                 f"(these allow {', '.join(available)})"
             )
-    return tuple(statistics)
+    return statistics
 
 
-def _interior(beta: object) -> float:
-    """jsd's mixture as a statistic: at 0 and 1 it is one of the KLs, which have their own names."""
+def _own_inputs(token_inputs: object, student: Tensor) -> dict[str, Tensor]:
+    """Checked and flattened to (N,)."""
+    if not isinstance(token_inputs, Mapping | None):
+        found = type(token_inputs).__name__
+        raise TypeError(f"token_inputs: found {found}, expected a mapping of names to tensors")
+    for name in token_inputs or {}:
+        if not isinstance(name, str) or not name or "," in name:  # which separates names in the op
+            raise ValueError(f"token_inputs: found the name {name!r}, expected one without commas")
+        if name == "token_weights":
+            raise ValueError("token_inputs: found 'token_weights', expected it as an argument")
+    return per_token_inputs(token_inputs or {}, student, own_input)
+
+
+def _interior(beta: object, names: Sequence[str], reader: str) -> float:
+    """jsd's mixture as a statistic: at 0 and 1 it is one of the KLs, which have their own names.
+
+    Args:
+        beta: the argument `jsd_beta`.
+        names: of the statistics that are read.
+        reader: what would read it, for the error.
+    """
+    if "jsd" not in names and isinstance(beta, int | float) and beta != 0.5:
+        raise ValueError(f"jsd_beta: found {beta}, expected {reader} 'jsd'")
     interior = {"divergence": "jsd", "jsd_beta": beta, "jsd_convention": "interior"}
     return checked_divergence(interior)[2]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hsd_kernels.arguments import check
-from hsd_kernels.checks import check_number, check_tensor, check_values
+from hsd_kernels.checks import check_flag, check_number, check_tensor, check_values
 from hsd_kernels.loss import fused_hsd_loss
 from hsd_kernels.plan import DEFAULT_CHUNK_BYTES
 from hsd_kernels.problem import Problem
@@ -89,6 +89,7 @@ def top_k_divergence(
             values of a given support are checked on any device.
     """
     work = _prepare(locals(), buffers=_TOP_K_BUFFERS)
+    check_flag("tail_bucket", tail_bucket)
     given = _check_support(support, k, student_hidden, work)
 
     def chunk(rows: Tensor, hidden: Tensor) -> Tensor:

@@ -104,7 +104,8 @@ def row_inputs(
     settings = problem.settings
 
     def number(value: float) -> Tensor:
-        return torch.tensor(value, dtype=problem.compute_dtype, device=logits[0].device)
+        # Filled on the device: a copy to it would wait for all that runs there.
+        return torch.full((), value, dtype=problem.compute_dtype, device=logits[0].device)
 
     return RowInputs(
         student=next(remaining),

@@ -14,6 +14,7 @@ from torch import Tensor
 from hsd_kernels.accumulation import Solution, Work, accumulate, empty_solution
 from hsd_kernels.backends import kernels_of, multiply
 from hsd_kernels.differentiation import token_loss
+from hsd_kernels.half import gradient_scale, multiply_sums
 from hsd_kernels.parallel import shard_of
 from hsd_kernels.passes import (
     Formed,
@@ -60,11 +61,16 @@ def solve(problem: Problem, wanted: Wanted) -> Solution:
         plan=plan,
         kernels=kernels_of(problem, fused=plan.fused),
         memory=allocate(problem, wanted, plan, sides=sides, columns=shard.columns),
+        scale=gradient_scale(problem, wanted) if groups else None,
     )
     solution = empty_solution(problem, wanted, plan, columns=shard.columns if groups else 0)
+    if work.scale is not None and solution.weight_grad_started:
+        multiply_sums(solution, work.scale, used=shard.columns)
     for group in groups:
         for rows in torch.split(group.rows, plan.rows_per_chunk):
             _chunk(work, group, rows, solution)
+    if work.scale is not None:
+        multiply_sums(solution, work.scale.reciprocal(), used=shard.columns)
     for shared in (solution.student_grad, solution.mass if any(wanted) else None):
         if shared is not None:
             shard.sum_(shared)
@@ -75,15 +81,17 @@ def solve(problem: Problem, wanted: Wanted) -> Solution:
 
 def _groups(problem: Problem) -> list[Group]:
     """Active rows by what they need; a row whose KL weighs nothing enters no teacher GEMM."""
-    with_teacher, with_reference = problem.needs_teacher, problem.needs_reference
-    groups = []
-    for teacher in (problem.teacher, None) if problem.teacher else (None,):
-        for reference in (problem.reference, None) if problem.reference else (None,):
-            chosen = problem.active & (with_teacher == (teacher is not None))
-            chosen &= with_reference == (reference is not None)
-            rows = chosen.nonzero().squeeze(-1)
-            if rows.numel():
-                groups.append(Group(rows, teacher, reference))
+    lacks_teacher, lacks_reference = ~problem.needs_teacher, ~problem.needs_reference
+    kind = torch.where(problem.active, 2 * lacks_teacher + lacks_reference, 4)
+    counts = (kind == torch.arange(4, device=kind.device)[:, None]).sum(-1).tolist()  # waits
+    order = torch.argsort(kind, stable=True)
+    groups, first = [], 0
+    for index, count in enumerate(counts):
+        rows = order[first : first + count]
+        first += count
+        if count:
+            teacher = None if index >= 2 else problem.teacher
+            groups.append(Group(rows, teacher, None if index % 2 else problem.reference))
     return groups
 
 
@@ -148,6 +156,8 @@ def _formed(work: Work, group: Group, rows: Tensor, hidden: Tensor, top: TopK) -
     if not any(work.wanted):
         return Formed(loss=loss, statistics=statistics, gradient=None, mass=None)
 
+    if work.scale is not None:
+        gradients = {name: gradient * work.scale for name, gradient in gradients.items()}
     # Written in place where dtypes allow; a second pass goes first, to read the logits.
     own = logits[0] if memory.gradient is None else memory.gradient[: rows.numel()]
     targets_of = [own]

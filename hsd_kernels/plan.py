@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from hsd_kernels.checks import check_choice, check_count, check_flag
+from hsd_kernels.checks import check_bytes, check_choice, check_count, check_flag
 
 DEFAULT_CHUNK_BYTES = 512 * 1024**2
 # On a GPU a chunk has this many rows, where that takes no more than so many bytes: with fewer, the
@@ -143,11 +143,14 @@ def plan_groups(
     forward = sum(group.rows * group.sides for group in groups)
     joined = sum(group.rows * group.joined for group in groups)
     backward = rows * (int(student_gradient) + int(weight_gradient))
-    # Logits: written by the GEMM, which reads its centres; read for statistics, for their error (on
-    # a CPU for the likeliest columns), and for the gradient. The mixture is one of two sides.
-    logit_passes = 1 + temperatures * (1 + int(gradient)) + 3 * int(difference)
-    mixed = sum(group.rows * min(group.sides, 2) for group in groups) if jsd else 0
-    gradient_passes = backward + (rows * (1 + int(sparse)) if gradient else 0)
+    logits_moved, gradients_moved = _moved(
+        groups,
+        gradients=int(student_gradient) + int(weight_gradient),
+        two_readings=temperatures == 2,
+        mass_readings=(2 if backend == "triton" else 1) if sparse else 0,
+        difference=difference,
+        jsd=jsd,
+    )
     head_elements = vocab_size * hidden_size
     rounded_product = difference and backend == "cpu" and weight_gradient
     return Plan(
@@ -164,9 +167,42 @@ def plan_groups(
         + (head_elements * element_bytes if weight_gradient and not accumulated else 0)
         + (head_elements * gradient_bytes if rounded_product else 0)
         + (rows * hidden_size * element_bytes if student_gradient else 0),
-        traffic_bytes=vocab_size
-        * ((forward * logit_passes + mixed) * logit_bytes + gradient_passes * gradient_bytes),
+        traffic_bytes=vocab_size * (logits_moved * logit_bytes + gradients_moved * gradient_bytes),
     )
+
+
+def _moved(
+    groups: Sequence[RowGroup],
+    *,
+    gradients: int,
+    two_readings: bool,
+    mass_readings: int,
+    difference: bool,
+    jsd: bool,
+) -> tuple[int, int]:
+    """Rows of logits, and of their gradient, that are read or written.
+
+    Args:
+        groups: rows that need the same sides.
+        gradients: products that read the logit gradient, 0 to 2.
+        two_readings: the student's logits are read at a second temperature where there are sides.
+        mass_readings: readings of the gradient for the masses of its columns and rows.
+        difference: logits are held as differences.
+        jsd: two sides are read again for their mixture.
+    """
+    rows = sum(group.rows for group in groups)
+    forward = sum(group.rows * group.sides for group in groups)
+    again = sum(group.rows for group in groups if group.sides > 1) if two_readings else 0
+    formed = int(gradients > 0)
+    # Written by the GEMM, which reads its centres; read for statistics, for their error (on a CPU
+    # for the likeliest columns), and for the gradient.
+    logits = forward * (2 + formed + 3 * int(difference)) + again * (1 + formed)
+    if jsd:
+        logits += sum(group.rows * min(group.sides, 2) for group in groups)
+    # The gradient of a second reading is written, both are read, their sum is written, and read for
+    # its mass.
+    written = formed * (rows * (1 + mass_readings) + 5 * again)
+    return logits, rows * gradients + written
 
 
 def plan(
@@ -235,7 +271,9 @@ def _check(arguments: Mapping[str, Any]) -> None:
         check_count(name, arguments[name], lowest=least)
     if arguments["temperatures"] > 2:
         raise ValueError(f"temperatures: found {arguments['temperatures']}, expected 1 or 2")
-    for name in ("teacher", "reference", "narrow", "jsd", "student_gradient", "weight_gradient"):
+    flags = ("teacher", "reference", "narrow", "jsd", "student_gradient", "weight_gradient")
+    for name in (*flags, "compiled"):
         check_flag(name, arguments[name])
+    check_bytes("max_chunk_bytes", arguments["max_chunk_bytes"])
     check_choice("backend", arguments["backend"], ("cpu", "triton"))
     check_choice("precision", arguments["precision"], _PRECISIONS)

@@ -80,8 +80,12 @@ def divergences(log_p: Tensor, log_q: Tensor, *, beta: float) -> dict[str, Tenso
     }
 
 
-def solve(problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss (), and every statistic (N,), with autograd through all of it."""
+def check_dense(problem: Problem) -> None:
+    """Refuses what the reference has not, and values that are impossible.
+
+    Raises:
+        ValueError: names the argument, what was found and expected.
+    """
     settings = problem.settings
     for name in ("sparse_tolerance", "top_k", "group"):
         if getattr(settings, name):
@@ -90,6 +94,11 @@ def solve(problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
     if problem.weight_grad_out is not None:
         raise ValueError("weight_grad_out: found a value, expected None with backend='reference'")
     check_values(problem, settings.vocab_size)
+
+
+def solve(problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss (), and every statistic (N,), with autograd through all of it."""
+    check_dense(problem)
     active = problem.active
     # What is given for a row of weight zero may be anything, and 0 * NaN is NaN.
     inputs = {name: torch.where(active, value, 0) for name, value in problem.inputs.items()}

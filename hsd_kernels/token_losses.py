@@ -9,6 +9,7 @@ the statistics.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -182,9 +183,24 @@ def token_loss_key(loss: object) -> str:
         return loss
     if not callable(loss):
         raise TypeError(f"token_loss: found {type(loss).__name__}, expected a function or a name")
+    _check_arity(loss)
     key = f"{getattr(loss, '__qualname__', 'loss')}@{id(loss)}"
     _PASSED[key] = loss
     return key
+
+
+def _check_arity(loss: Callable[..., object]) -> None:
+    try:
+        parameters = inspect.signature(loss)
+    except ValueError:  # of something that Python knows no signature of
+        return
+    try:
+        parameters.bind(None, None)
+    except TypeError:
+        raise TypeError(
+            f"token_loss: found a function of {parameters}, expected one of two arguments, "
+            "(statistics, inputs)"
+        ) from None
 
 
 def find_token_loss(key: str) -> TokenLoss:
@@ -192,11 +208,14 @@ def find_token_loss(key: str) -> TokenLoss:
     return _REGISTERED[key] if key in _REGISTERED else _PASSED[key]
 
 
+_TOKENS: Final = 2  # one would let a sum over tokens pass for a token's own value
+
+
 class _Recorder(Mapping[str, Tensor]):
-    """Statistics of one token that remember which of them were read."""
+    """Statistics of made-up tokens that remember which of them were read."""
 
     def __init__(self, names: Sequence[str], dtype: torch.dtype) -> None:
-        self._names, self._value = names, torch.full((1,), 0.5, dtype=dtype)
+        self._names, self._value = names, torch.full((_TOKENS,), 0.5, dtype=dtype)
         self.read: set[str] = set()
 
     def __getitem__(self, name: str) -> Tensor:
@@ -215,7 +234,7 @@ class _Recorder(Mapping[str, Tensor]):
 def statistics_read(
     loss: TokenLoss, available: Sequence[str], inputs: Sequence[str], dtype: torch.dtype
 ) -> tuple[str, ...]:
-    """Names of the statistics that a loss reads, found by calling it on one made-up token.
+    """Names of the statistics that a loss reads, found by calling it on two made-up tokens.
 
     Args:
         loss: the token loss.
@@ -224,10 +243,11 @@ def statistics_read(
         dtype: of the call's statistics.
 
     Raises:
-        ValueError: the loss reads something else, or does not return one value per token.
+        ValueError, TypeError: the loss reads something else, or does not return one number per
+            token.
     """
     recorder = _Recorder(available, dtype)
-    given = {name: torch.full((1,), 0.5, dtype=dtype) for name in inputs}
+    given = {name: torch.full((_TOKENS,), 0.5, dtype=dtype) for name in inputs}
     try:
         value = loss(recorder, given)
     except KeyError as error:
@@ -235,9 +255,12 @@ def statistics_read(
             f"token_loss: found that it reads {error.args[0]!r}, expected one of the statistics "
             f"{', '.join(available)} or the inputs {', '.join(inputs) or '(none)'}"
         ) from None
-    if not isinstance(value, Tensor) or value.shape != (1,):
+    if not isinstance(value, Tensor) or value.shape != (_TOKENS,):
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
-            f"token_loss: found {found} for one token, expected a tensor of shape (1,)"
+            f"token_loss: found {found} for {_TOKENS} tokens, "
+            f"expected a tensor of shape ({_TOKENS},)"
         )
+    if not value.is_floating_point():
+        raise TypeError(f"token_loss: found {value.dtype}, expected a floating-point dtype")
     return tuple(name for name in STATISTICS if name in recorder.read)

@@ -14,10 +14,10 @@ import triton
 from torch import Tensor
 
 from hsd_kernels.rows import RowInputs, RowSpec, Source, known_difference
-from hsd_kernels.rows.buffers import PITCH_MULTIPLE
 from hsd_kernels.rows.partials import Partial
 from hsd_kernels.rows.triton_errors import column_error_kernel
 from hsd_kernels.rows.triton_gradient import column_mass_kernel, gradient_kernel
+from hsd_kernels.rows.triton_memory import check_overlap, check_rows, shape_of
 from hsd_kernels.rows.triton_merge import merge_kernel
 from hsd_kernels.rows.triton_statistics import mixture_kernel, partials_kernel
 from hsd_kernels.rows.triton_tile import Biases, Known
@@ -30,7 +30,6 @@ _REGISTERS = 65_536  # of an NVIDIA multiprocessor
 _ROW_BLOCK = 128  # rows of one sum of column masses
 _ERROR_ROWS, _ERROR_WIDTH = 32, 1024  # and columns, of one sum of column errors
 _NO_BIASES = Biases()
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def row_partials(
@@ -52,7 +51,7 @@ def row_partials(
     Raises:
         ValueError: where a tensor's strides or dtype do not suit the kernels.
     """
-    rows, columns, pitch = _shape(x, biases)
+    rows, columns, pitch = shape_of(x, biases)
     tiles = max(triton.cdiv(columns, TILE), 1)
     parts = x.student.new_empty((tiles, len(Partial), rows), dtype=torch.float32)
     if rows:
@@ -102,7 +101,7 @@ def row_mixture(
     Args:
         rows: (len(Row), C) fp32, what `partials.finish` made of the rows' parts.
     """
-    count, columns, pitch = _shape(x, biases)
+    count, columns, pitch = shape_of(x, biases)
     # One kernel for all that differs in what it does not read.
     spec = replace(spec, reference="absent", forward_kl=False, reverse_kl=False, target=False)
     x, biases = x._replace(reference=None, targets=None), biases._replace(reference=None)
@@ -139,11 +138,11 @@ def row_grad(
         ValueError: where a tensor's strides or dtype do not suit the kernels, or where `out`
             overlaps an input otherwise: other programs would still have to read it.
     """
-    count, columns, pitch = _shape(x, biases)
+    count, columns, pitch = shape_of(x, biases)
     if out.shape != x.student.shape:
         raise ValueError(f"out: found shape {tuple(out.shape)}, expected {(count, columns)}")
-    _check_rows("out", out)
-    _check_overlap(out, x)
+    check_rows("out", out)
+    check_overlap(out, x)
     spec, x, biases = _read_by_gradient(spec, x, biases)
     tiles = max(triton.cdiv(columns, TILE), 1)
     masses = x.student.new_empty((tiles, count), dtype=torch.float32)
@@ -160,7 +159,7 @@ def row_grad(
 
 def row_errors(spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coefficients) -> Tensor:
     """`torch_errors.row_errors`, (3, V) fp32: sums over blocks of rows, then of these."""
-    count, columns, pitch = _shape(x, _NO_BIASES)
+    count, columns, pitch = shape_of(x, _NO_BIASES)
     spec, x, _ = _read_by_gradient(spec, x, _NO_BIASES)
     blocks = max(triton.cdiv(count, _ERROR_ROWS), 1)
     sums = x.student.new_zeros((blocks, 3, columns), dtype=torch.float32)
@@ -177,7 +176,7 @@ def row_errors(spec: RowSpec, x: RowInputs, rows: Tensor, coefficients: Coeffici
 
 def masses(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """sum |gradient| (C, V) of each column, (V,) fp32, over blocks of rows; of each row, (C,)."""
-    _check_rows("gradient", gradient)
+    check_rows("gradient", gradient)
     rows, columns = gradient.shape
     blocks = gradient.new_empty((triton.cdiv(rows, _ROW_BLOCK), columns), dtype=torch.float32)
     if blocks.numel():
@@ -247,59 +246,3 @@ def _known(spec: RowSpec) -> Known:
         teacher=known_difference(spec, spec.teacher, of_teacher=True),
         reference=known_difference(spec, spec.reference, of_teacher=False),
     )
-
-
-def _shape(x: RowInputs, biases: Biases) -> tuple[int, int, int]:
-    """Rows, columns and pitch of all sides."""
-    sides = {"student": x.student, "teacher": x.teacher, "reference": x.reference}
-    for name, side in sides.items():
-        if side is None:
-            continue
-        _check_rows(name, side)
-        if side.shape != x.student.shape or side.stride() != x.student.stride():
-            raise ValueError(
-                f"{name}: found shape {tuple(side.shape)} and strides {side.stride()}, expected "
-                f"the student's, {tuple(x.student.shape)} and {x.student.stride()}"
-            )
-    for name, bias in biases._asdict().items():
-        if bias is not None:
-            _check_rows(f"bias of the {name}", bias[None])
-    rows, columns = x.student.shape
-    return rows, columns, x.student.stride(0)
-
-
-def _check_rows(name: str, tensor: Tensor) -> None:
-    """What 128-bit accesses to every row need."""
-    rows, columns = tensor.shape
-    if tensor.dtype not in _DTYPES:
-        raise ValueError(f"{name}: found {tensor.dtype}, expected float32, bfloat16 or float16")
-    whole = triton.cdiv(columns, PITCH_MULTIPLE) * PITCH_MULTIPLE
-    end = tensor.storage_offset() + (rows - 1) * tensor.stride(0) + whole
-    fits = rows == 0 or end * tensor.element_size() <= tensor.untyped_storage().nbytes()
-    aligned = tensor.data_ptr() % 16 == 0 and (rows <= 1 or tensor.stride(0) % PITCH_MULTIPLE == 0)
-    if not (fits and aligned and (columns <= 1 or tensor.stride(1) == 1)):
-        raise ValueError(
-            f"{name}: found strides {tensor.stride()} at byte {tensor.data_ptr() % 16} of 16, "
-            f"expected rows of a pitch that is a multiple of {PITCH_MULTIPLE} elements, whole "
-            "to the last one, as row_buffer makes them"
-        )
-
-
-def _check_overlap(out: Tensor, x: RowInputs) -> None:
-    def span(tensor: Tensor) -> tuple[int, int]:
-        size = tensor.element_size()
-        return tensor.data_ptr(), tensor.data_ptr() + tensor.shape[0] * tensor.stride(0) * size
-
-    first, last = span(out)
-    for name, side in (("student", x.student), ("teacher", x.teacher), ("reference", x.reference)):
-        if side is None or not (first < span(side)[1] and span(side)[0] < last):
-            continue
-        if (
-            first != side.data_ptr()
-            or out.stride() != side.stride()
-            or (out.element_size() != side.element_size())
-        ):
-            raise ValueError(
-                f"out: found memory of the {name} with another layout or element size, expected "
-                "the same elements or memory of its own"
-            )

@@ -168,7 +168,10 @@ def test_narrow_inputs_get_narrow_gradients_of_fp32_accuracy(case, dtype):
     result = solve(arguments)
     assert {gradient.dtype for gradient in result.gradients.values()} == {dtype}
     assert result.loss.dtype == result.stats.kl.dtype == torch.float32
-    assert_matches(result, truth(arguments), tolerance=TOLERANCE[dtype])
+    assert result.plan.precision == "fp32_logits"
+    expected = truth(arguments)
+    assert_matches(result, expected, tolerance=TOLERANCE[dtype])
+    assert_same_statistics(result.stats, expected.stats, tolerance=1e-3)
 
 
 @pytest.mark.gradient

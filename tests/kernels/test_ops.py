@@ -82,6 +82,13 @@ def test_opcheck(op, options):
     torch.library.opcheck(getattr(torch.ops.hsd_kernels, op).default, (), arguments | wants)
 
 
+def test_opcheck_of_the_op_that_writes_an_accumulator():
+    given = problem() | {"weight_grad_out": torch.zeros(37, 8)}
+    arguments = arguments_of(check(default_arguments(given)))
+    wants = {"want_student": True, "want_weight": True, "want_bias": True}
+    torch.library.opcheck(torch.ops.hsd_kernels.solve_into.default, (), arguments | wants)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_compiled_without_a_graph_break_and_without_recompiling_over_n(name):
     torch._dynamo.reset()
@@ -148,14 +155,45 @@ def test_a_graph_that_is_kept_gives_its_gradients_again(compiled):
             gradient.zero_()  # what a caller does to them is no matter of the graph
 
 
-def test_vmap_is_refused():
+@pytest.mark.parametrize("name", [*LOSSES, "accumulator"])
+def test_a_second_backward_through_a_freed_graph_is_refused(name):
     given = problem()
+    if name == "accumulator":
+        given["weight_grad_out"] = torch.zeros_like(given["weight"])
+    value = LOSSES.get(name, hsd)({**given, **leaves(given)})
+    value.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        value.backward()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_second_derivative_is_refused(name):
+    given = problem()
+    own_leaves = leaves(given)
+    found = torch.autograd.grad(
+        LOSSES[name]({**given, **own_leaves}), list(own_leaves.values()), create_graph=True
+    )
+    for gradient in found:
+        with pytest.raises(RuntimeError, match=r"second derivative.* expected backend='reference'"):
+            gradient.square().sum().backward(retain_graph=True)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad", "vjp", "jacrev", "hessian"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_functorch_is_refused(name, transform):
+    given = problem()
+    states = given["student_hidden"]
 
     def loss(student):
-        return fused_hsd_loss(**{**given, "student_hidden": student}).loss
+        return LOSSES[name]({**given, "student_hidden": student})
 
     with pytest.raises(RuntimeError):
-        torch.func.vmap(loss)(torch.stack([given["student_hidden"]] * 2))
+        if transform == "vmap":
+            torch.func.vmap(loss)(torch.stack([states] * 2))
+        elif transform == "vjp":
+            torch.func.vjp(loss, states)
+        else:
+            getattr(torch.func, transform)(loss)(states)
 
 
 @pytest.mark.parametrize("name", ["student_hidden", "weight", "teacher_hidden", "token_weights"])

@@ -73,6 +73,35 @@ def test_chunks_sparse_and_top_k():
         assert relative_error(gradient, expected.gradients[name]) <= 1e-4, name
 
 
+@pytest.mark.gradient
+@pytest.mark.parametrize("options", [{}, {"sparse_tolerance": 1e-6, "sparse_max_columns": 37}])
+def test_fp16_keeps_the_digits_of_small_weights(options):
+    """A logit gradient in fp16 has none at the weights of a mean over some hundred thousand."""
+    arguments = problem("everything", torch.float16)
+    arguments["token_weights"] = arguments["token_weights"] * 1e-6
+    arguments["max_chunk_bytes"] = 7 * 4 * 37 * 4  # several chunks of every set of sides
+    scale = 2.0**20  # of the loss, as fp16 training has it: gradients of leaves are fp16 too
+    result = solve(arguments | options, backend="triton", upstream=scale)
+    expected = truth(arguments, upstream=scale)
+    for name, gradient in result.gradients.items():
+        assert relative_error(gradient, expected.gradients[name]) <= 5e-3, name
+    active = arguments["token_weights"] != 0
+    mass = solve(cast(arguments, torch.float32)).stats.gradient_mass
+    assert relative_error(result.stats.gradient_mass[active], mass[active]) <= 5e-3
+
+
+def test_fp16_adds_to_what_an_accumulator_holds():
+    total, wanted = torch.zeros(37, 8), torch.zeros(37, 8, dtype=torch.float64)
+    for seed in range(2):
+        arguments = problem("forward_kl", torch.float16, seed=seed)
+        arguments["token_weights"] = torch.full((12,), 1e-6)
+        given = {"backend": "triton", "weight_grad_out": total}
+        given["weight"] = arguments["weight"].requires_grad_()
+        fused_hsd_loss(**arguments | given)  # the sum is formed during forward
+        wanted += truth(arguments).gradients["weight"]
+    assert relative_error(total, wanted) <= 5e-3
+
+
 def test_a_loss_of_ones_own():
     arguments = problem("forward_kl", torch.float32)
     found = [

@@ -18,6 +18,7 @@ from triton_problems import SIDES, Rows, pitched, plain_rows, spec_of, stored_ro
 
 from hsd_kernels import precision
 from hsd_kernels.rows import RowInputs, RowSpec, torch_errors, torch_rows, triton_math, triton_rows
+from hsd_kernels.rows.mixture import finish_mixture
 from hsd_kernels.rows.partials import Partial, finish, merge
 from hsd_kernels.rows.torch_gradient import masses as torch_masses
 from hsd_kernels.rows.triton_rows import TILE
@@ -229,11 +230,24 @@ def test_rows_beyond_two_to_the_31_elements():
     far = memory.as_strided((3, columns), (pitch, 1))
     far.copy_(Draw((3,), vocab=columns).normal(3, columns))
     near = pitched(far.clone(), far.dtype)
-    spec = RowSpec()
-    x = chunk(3, columns).inputs._replace(teacher=None, reference=None, targets=None)
-    parts = [triton_rows.row_partials(spec, x._replace(student=s)) for s in (far, near)]
-    lines = [Partial.MAX, Partial.SUM, Partial.MEAN]
-    assert torch.equal(parts[0][:, lines], parts[1][:, lines])
+    spec = spec_of("jsd", "difference")
+    x = chunk(3, columns).inputs._replace(reference=None, targets=None)
+    one = torch.ones(3)
+
+    def results(rows: Tensor) -> list[Tensor]:
+        """Of all kernels; the gradient, written in place, comes last."""
+        given = x._replace(student=rows, teacher=rows)
+        parts = triton_rows.row_partials(spec, given)
+        statistics = finish(spec, triton_rows.merge_tiles(spec, parts)[0], given)
+        mixture = triton_rows.row_mixture(spec, given, statistics)
+        statistics = finish_mixture(statistics, mixture, given)
+        along = coefficients({"jsd": one}, statistics, jsd_complement=x.jsd_complement)
+        errors = triton_rows.row_errors(spec, given, statistics, along)
+        mass = triton_rows.row_grad(spec, given, statistics, along, rows)
+        return [mixture, errors, mass, *triton_rows.masses(rows), rows.clone()]
+
+    for found, expected in zip(results(far), results(near), strict=True):
+        assert torch.equal(found.nan_to_num(), expected.nan_to_num())
 
 
 @dataclass
@@ -313,6 +327,8 @@ def test_a_gradient_does_not_read_a_teacher_that_no_term_has():
         (torch.bfloat16, {"divergence": "jsd"}),
         (torch.bfloat16, {"precision": "difference"}),
         (torch.float32, {"sparse_tolerance": 0.01}),
+        (torch.float32, {"kl_temperature": 0.7}),
+        (torch.bfloat16, {"ref_coef": 0.1}),
     ],
 )
 def test_traffic_is_that_of_the_plan(dtype, options, monkeypatch):
@@ -320,11 +336,19 @@ def test_traffic_is_that_of_the_plan(dtype, options, monkeypatch):
     rows = 32
     draw = Draw((rows,), 8, TILE + 1)
     arguments = cast(draw.problem(bias=False), dtype) | options
+    sides = 2
+    if "ref_coef" in options:
+        arguments["ref_hidden"], sides = draw.states().to(dtype), 3
     with counted_traffic() as traffic:
         result = solve(arguments, backend="triton")
     logits, gradient = 4 if "precision" not in options else 2, dtype.itemsize
     centres = 2 if "precision" in options else 0  # written before the GEMM, which reads them
-    products = rows * draw.vocab * (2 * (1 + centres) * logits + 2 * gradient)
+    torch_passes = 2  # of the gradient: read by both products
+    if "sparse_tolerance" in options:
+        torch_passes += 1  # and for the masses of its rows
+    if "kl_temperature" in options:
+        torch_passes += 4  # a second gradient is added, and the sum read for its mass
+    products = rows * draw.vocab * (sides * (1 + centres) * logits + torch_passes * gradient)
     # Where the errors are estimated, the compiler reads the difference once: the source says twice.
     twice = rows * draw.vocab * logits if centres else 0
     counted = traffic.read + traffic.written - twice

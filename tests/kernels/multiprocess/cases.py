@@ -22,7 +22,10 @@ CASES: dict[str, dict[str, Any]] = {
     "terms": {"divergence": "jsd", "entropy_coef": 0.1, "kl_temperature": 0.7},
     "softcap": {"logit_softcap": 3.0, "max_chunk_bytes": 2 * VOCAB * 4 * 5},
     "sparse": {"sparse_tolerance": 1e-7, "sparse_max_columns": VOCAB},
+    "triton": {"divergence": "jsd", "jsd_beta": 0.3, "backend": "triton"},
 }
+OURS = ("sparse_tolerance", "sparse_max_columns", "backend")  # what the dense reference has not
+STATISTICS = ("forward_kl", "entropy", "logprob")
 
 
 def problem(case: str) -> dict[str, Any]:
@@ -34,6 +37,27 @@ def problem(case: str) -> dict[str, Any]:
         given |= {"ref_hidden": draw.states(), "ref_weight": draw.head(), "ref_coef": 0.3}
         given |= {"advantages": draw.per_token(-1, 1)}
     return cast(given, torch.float32) | CASES[case]
+
+
+def own_loss(statistics, inputs):
+    """A token loss of several statistics."""
+    ratio = (statistics["logprob"] - inputs["old_logprob"]).exp().clamp(max=2)
+    return ratio * statistics["forward_kl"] + statistics["jsd"] * statistics["entropy"]
+
+
+def own_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Of `fused_token_loss`."""
+    old = torch.full((11,), -3.0, dtype=given["token_weights"].dtype)
+    return {**given, "token_loss": own_loss, "token_inputs": {"old_logprob": old}}
+
+
+def coupled(given: dict[str, Any], solve: Any) -> dict[str, torch.Tensor]:
+    """Statistics by name, and a loss of them that couples tokens."""
+    names = ("student_hidden", "teacher_hidden", "weight", "bias", "targets", "vocab_size")
+    options = {n: given[n] for n in ("backend", "process_group") if n in given}
+    found = solve(**{n: given[n] for n in names}, statistics=STATISTICS, **options)
+    values = {name: getattr(found, name) for name in STATISTICS}
+    return values | {"loss": values["forward_kl"].sum() * values["entropy"].sum()}
 
 
 def shard(given: dict[str, Any], sizes: list[int], rank: int) -> dict[str, Any]:

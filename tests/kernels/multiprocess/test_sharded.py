@@ -10,11 +10,21 @@ from pathlib import Path
 import kernel_problems
 import pytest
 import torch
-from cases import CASES, LEARNED, SPLITS, own_tokens, problem
+from cases import (
+    CASES,
+    LEARNED,
+    OURS,
+    SPLITS,
+    STATISTICS,
+    coupled,
+    own_arguments,
+    own_tokens,
+    problem,
+)
 from kernel_problems import cast, relative_error, truth
 from safetensors.torch import load_file
 
-from hsd_kernels import vocab_statistics
+from hsd_kernels import fused_token_loss, vocab_statistics
 
 pytestmark = pytest.mark.slow
 
@@ -49,8 +59,7 @@ def solved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_ranks_agree_with_one_process(solved, case):
     size, folder = solved
     given = problem(case)
-    dense = {k: v for k, v in given.items() if not k.startswith("sparse")}
-    expected = truth(dense)
+    expected = truth({name: value for name, value in given.items() if name not in OURS})
     for split in SPLITS[size]:
         ranks = [formed(folder / f"{split}-{case}-{rank}.safetensors") for rank in range(size)]
         for found in ranks:
@@ -72,7 +81,7 @@ def test_ranks_agree_with_one_process(solved, case):
 @pytest.mark.parametrize("case", CASES)
 def test_tokens_of_a_sequence_on_several_ranks_add_up(solved, case):
     size, folder = solved
-    expected = truth({k: v for k, v in problem(case).items() if not k.startswith("sparse")})
+    expected = truth({name: v for name, v in problem(case).items() if name not in OURS})
     hidden = torch.zeros_like(expected.gradients["student_hidden"])
     for rank in range(size):
         found = formed(folder / f"tokens-{case}-{rank}.safetensors")
@@ -95,15 +104,36 @@ def assert_gradient(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert relative_error(found, expected) <= 1e-5
 
 
+def assert_whole(folder: Path, size: int, case: str, expected: dict[str, torch.Tensor]) -> None:
+    """Gradients, loss and statistics of every split, of one process by name."""
+    for split in SPLITS[size]:
+        ranks = [formed(folder / f"{split}-{case}-{rank}.safetensors") for rank in range(size)]
+        for name, wanted in expected.items():
+            if name in ("grad.weight", "grad.bias"):
+                assert_gradient(torch.cat([found[name] for found in ranks]), wanted)
+                continue
+            for found in ranks:
+                assert_gradient(found[name], wanted)
+
+
 @pytest.mark.gradient
 def test_statistics_and_their_gradient_are_those_of_the_whole_vocabulary(solved):
     size, folder = solved
     given = cast(problem("forward_kl"), torch.float64)
-    student = given["student_hidden"].requires_grad_()
-    names = ("teacher_hidden", "weight", "bias", "targets", "vocab_size")
-    found = vocab_statistics(student, **{n: given[n] for n in names}, backend="reference")
-    (found.forward_kl.sum() * found.entropy.sum()).backward()
-    for split in SPLITS[size]:
-        for rank in range(size):
-            found = formed(folder / f"{split}-statistics-{rank}.safetensors")
-            assert_gradient(found["grad.student_hidden"], student.grad)
+    leaves = {name: given[name].requires_grad_() for name in LEARNED}
+    values = coupled(given | {"backend": "reference"}, vocab_statistics)
+    values["loss"].backward()
+    expected = {f"grad.{name}": leaf.grad for name, leaf in leaves.items()}
+    expected |= {f"stats.{name}": values[name].detach() for name in STATISTICS}
+    assert_whole(folder, size, "statistics", expected)
+
+
+@pytest.mark.gradient
+def test_a_loss_of_ones_own_is_that_of_the_whole_vocabulary(solved):
+    size, folder = solved
+    given = cast(problem("forward_kl"), torch.float64)
+    leaves = {name: given[name].requires_grad_() for name in LEARNED}
+    loss = fused_token_loss(**own_arguments(given), backend="reference").loss
+    loss.backward()
+    expected = {f"grad.{name}": leaf.grad for name, leaf in leaves.items()}
+    assert_whole(folder, size, "own", expected | {"loss": loss.detach()})
