@@ -7,12 +7,15 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class JsonLines:
@@ -152,7 +155,17 @@ def write_curves(path: Path, records: Sequence[Mapping[str, Any]], *, title: str
             axis.plot(where, [r["avg"] for r in evaluations], "s--", label="avg@k")
             axis.plot(where, [r["pass"] for r in evaluations], "^:", label="pass@k")
             axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """A PNG, written whole or not at all."""
+    fresh = path.with_name(f".{path.name}")
+    try:
+        figure.savefig(fresh, dpi=120, format="png")
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def _plotted(record: Mapping[str, Any], key: str) -> float:

@@ -17,8 +17,8 @@ from typing import TypeAlias
 import torch
 
 from hsd.credit.during import watch_credit
+from hsd.data.peers import Peers
 from hsd.data.questions import Question
-from hsd.data.verify import Outcome
 from hsd.distributed.fsdp import is_sharded
 from hsd.distributed.process import World
 from hsd.objective.batch import JudgedRollout, judge
@@ -114,11 +114,7 @@ def train_step(
     updates, skipped = config.optimizer.updates_per_step, 0
     for part in range(updates):
         chosen = [pair for pair in zip(kept, peers, strict=True) if pair[0].place % updates == part]
-        totals = step_totals([group for group, _ in chosen], config, world)
-        outcomes = [
-            (group, judge(group, shown, trainer.contexts, config, totals))
-            for group, shown in chosen
-        ]
+        outcomes = _judged(trainer, chosen)
         judged += outcomes
         try:
             part_sums, gap, part_norm = update(trainer, outcomes, step)
@@ -127,19 +123,13 @@ def train_step(
             trainer.optimizer.zero_grad(set_to_none=True)
             skipped += 1
             if not may_skip:
-                everything = _gathered(world, judged, groups)
-                raise NotFinite(str(error), everything, first=part == 0) from error
+                found = _gathered(world, judged, groups)
+                raise NotFinite(str(error), found, first=part == 0) from error
         after_update(trainer.policy, config.objective, updates=step * updates + part + 1)
     trainer.engine.update_weights(trainer.policy.model, version=step + 1)
     ended = time.perf_counter()
 
     metrics = step_metrics(world, config, groups, judged, sums, largest_gap, step=step)
-    found = [outcome for group in groups for outcome in group.outcomes]
-    counts = world.sum_(torch.tensor([found.count(outcome) for outcome in Outcome])).tolist()
-    metrics |= {
-        f"verifier_{outcome.value}": float(count)
-        for outcome, count in zip(Outcome, counts, strict=True)
-    }
     metrics |= {
         "grad_norm": norm,
         "skipped_updates": float(skipped),
@@ -154,6 +144,13 @@ def train_step(
         attempt for group, outcomes in everything if outcomes for attempt in group.attempts
     )
     return metrics, everything
+
+
+def _judged(trainer: Trainer, groups: Sequence[tuple[Group, Sequence[Peers]]]) -> list[Judged]:
+    """The groups of one update with the peers of their rollouts; weighted for the whole of it."""
+    config = trainer.config
+    totals = step_totals([group for group, _ in groups], config, trainer.world)
+    return [(group, judge(group, own, trainer.contexts, config, totals)) for group, own in groups]
 
 
 def _gathered(world: World, judged: list[Judged], groups: Sequence[Group]) -> list[Judged]:

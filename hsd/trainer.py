@@ -100,10 +100,7 @@ def prepare(
     if replay is not None:
         vocab_size = policy.head.weight.shape[0]
         recorded = Replay(replay, seed=config.seed, vocab_size=vocab_size)
-        engine: RolloutEngine = recorded
-    else:
-        engine = make_engine(config, sampled, tokenizer, sampling=_sampling(config), world=world)
-        _check(engine, policy, contexts.student(task.train[0]), config, console)
+    prompt = contexts.student(task.train[0])
     return Trainer(
         config=config,
         task=task,
@@ -111,7 +108,8 @@ def prepare(
         tokenizer=tokenizer,
         contexts=contexts,
         peers=PeerPolicy(config.peers, seed=config.seed),
-        engine=engine,
+        engine=recorded
+        or _checked_engine(config, sampled, policy, tokenizer, prompt, world, console),
         verifiers=recorded
         or VerifierPool(
             task.verify,
@@ -127,21 +125,27 @@ def prepare(
     )
 
 
-def _check(
-    engine: RolloutEngine,
-    policy: Policy,
-    prompt: Sequence[int],
+def _checked_engine(
     config: Config,
+    sampled: PreTrainedModel,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    world: World,
     console: Console,
-) -> None:
+) -> RolloutEngine:
+    """The engine of a run, which agrees with the policy on rollouts of a prompt."""
+    sampling = _sampling(config)
+    engine = make_engine(config, sampled, tokenizer, sampling=sampling, world=world)
     try:
         gap = check_engine(
-            engine, policy, prompt, sampling=_sampling(config), tolerance=config.engine.tolerance
+            engine, policy, prompt, sampling=sampling, tolerance=config.engine.tolerance
         )
     except BaseException:
         engine.close()
         raise
     console.print(f"engine {config.engine.kind}: log-probs {gap:.2g} nats from the trainer's")
+    return engine
 
 
 def _models(

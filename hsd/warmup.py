@@ -59,37 +59,40 @@ def warm_up(
         cached: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         model.load_state_dict(cached.state_dict())
         return
+    _train(config, model, tokenizer, head, questions, compute_dtype, console)
+    save_policy(model, tokenizer, path)
+
+
+def _train(
+    config: Config,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    head: OutputHead,
+    questions: Sequence[Question],
+    compute_dtype: torch.dtype,
+    console: Console,
+) -> None:
+    warmup = config.warmup
     contexts = ContextBuilder(tokenizer, ContextConfig(**_prompt_options(config)))
-    rate = OptimizerConfig(
-        learning_rate=config.warmup.learning_rate, warmup_steps=_RATE_WARMUP_STEPS
-    )
+    rate = OptimizerConfig(learning_rate=warmup.learning_rate, warmup_steps=_RATE_WARMUP_STEPS)
     optimizer = adamw(model.parameters(), rate.learning_rate)
     rng = random.Random(f"warmup/{config.seed}")
     order = rng.sample(range(len(questions)), len(questions))
-    with StepProgress(console, steps=config.warmup.steps, label="warm-up") as progress:
-        for step in range(config.warmup.steps):
-            first = step * config.warmup.batch_size
-            chosen = [
-                questions[order[(first + i) % len(order)]] for i in range(config.warmup.batch_size)
-            ]
+    with StepProgress(console, steps=warmup.steps, label="warm-up") as progress:
+        for step in range(warmup.steps):
+            places = range(step * warmup.batch_size, (step + 1) * warmup.batch_size)
+            chosen = [questions[order[place % len(order)]] for place in places]
             loss = _supervised_loss(
-                model,
-                tokenizer,
-                head,
-                contexts,
-                chosen,
-                config.warmup.hint_share,
-                compute_dtype,
+                model, tokenizer, head, contexts, chosen, warmup.hint_share, compute_dtype
             )
             loss.backward()  # type: ignore[no-untyped-call]
             clipped_step(
                 optimizer,
                 model.parameters(),
-                learning_rate=learning_rate(rate, step=step, steps=config.warmup.steps),
+                learning_rate=learning_rate(rate, step=step, steps=warmup.steps),
                 max_grad_norm=config.optimizer.max_grad_norm,
             )
             progress.advance({"loss": float(loss.detach())}, step=step + 1)
-    save_policy(model, tokenizer, path)
 
 
 def _supervised_loss(

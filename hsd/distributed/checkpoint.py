@@ -13,8 +13,9 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -88,9 +89,10 @@ class Checkpoints:
             self._save_still(still)
         self._saved = step
         self._make(fresh)
-        if self._world.is_main:
-            _write_json(fresh / "state.json", shared)
-        _write_json(fresh / f"rank-{self._world.rank:05d}.json", own)
+        with _whole_or_gone(fresh):
+            if self._world.is_main:
+                _write_json(fresh / "state.json", shared)
+            _write_json(fresh / f"rank-{self._world.rank:05d}.json", own)
         writing = self._write(tensors, fresh)
         self._pending = writing
         if self._world.is_main:  # its part ends when those of all ranks have
@@ -99,10 +101,11 @@ class Checkpoints:
     def _save_still(self, tensors: dict[str, Any]) -> None:
         fresh, final = self._folder / f".{STILL}", self._folder / STILL
         self._make(fresh)
-        self._write(tensors, fresh).result()
-        if self._world.is_main:
-            shutil.rmtree(final, ignore_errors=True)
-            _put_in_place(fresh, final)
+        with _whole_or_gone(fresh):
+            _written(self._write(tensors, fresh))
+            if self._world.is_main:
+                shutil.rmtree(final, ignore_errors=True)
+                _put_in_place(fresh, final)
         self._world.barrier()
 
     def _make(self, fresh: Path) -> None:
@@ -131,7 +134,7 @@ class Checkpoints:
         """
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.result()
+            _written(pending)
 
     def close(self) -> None:
         """Waits, and ends the thread."""
@@ -141,8 +144,9 @@ class Checkpoints:
             self._executor.shutdown()
 
     def _commit(self, writing: Future[Any], fresh: Path, final: Path) -> None:
-        writing.result()
-        _put_in_place(fresh, final)
+        with _whole_or_gone(fresh):
+            _written(writing)
+            _put_in_place(fresh, final)
         for _, old in whole_checkpoints(self._folder)[: -self._keep]:
             # Renamed first: what is half removed must not look whole.
             dead = old.with_name(f".{old.name}")
@@ -196,6 +200,29 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: found {type(values).__name__}, expected an object")
     return values
+
+
+@contextmanager
+def _whole_or_gone(folder: Path) -> Iterator[None]:
+    """Removes a folder that could not be filled: on a full disk it would keep the room it took."""
+    try:
+        yield
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _written(writing: Future[Any]) -> None:
+    """Waits for the end of a writing.
+
+    Raises:
+        OSError: it failed, on whatever rank.
+    """
+    try:
+        writing.result()
+    except CheckpointException as error:  # no Exception: it would pass by whoever closes things
+        reason = next(iter(error.failures.values()))[0]
+        raise OSError(f"a checkpoint could not be written: {reason}") from reason
 
 
 def _put_in_place(fresh: Path, final: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -19,6 +19,7 @@ from hsd.distributed.config import ShardingConfig
 from hsd.distributed.fsdp import local_part, shard_policy
 from hsd.distributed.names import Stored, stored_weights
 from hsd.policy.adapters import Adapters, add_adapters, initial_factor, is_factor, name_in_files
+from hsd.policy.load import named_faults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,8 +68,10 @@ def load_sharded(
 def empty_model(directory: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A causal language model whose weights are on the meta device; its buffers are real."""
     auto: Any = AutoModelForCausalLM
+    with named_faults(str(directory)):
+        config = AutoConfig.from_pretrained(directory)
     with _parameters_on_meta(dtype):
-        model: Any = auto.from_config(AutoConfig.from_pretrained(directory), dtype=torch.float32)
+        model: Any = auto.from_config(config, dtype=torch.float32)
     if (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     empty: PreTrainedModel = model.eval()
@@ -97,20 +100,34 @@ def _parameters_on_meta(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _files_of_weights(directory: Path) -> dict[str, Path]:
-    """The file of each weight, by its name."""
+    """The file of each weight, by its name; all of them can be opened."""
     if (directory / _INDEX).exists():
-        found: Any = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
+        try:
+            found: Any = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
         files = found.get("weight_map") if isinstance(found, dict) else None
         # The index is data: it may not lead out of the directory.
         if not isinstance(files, dict) or any(Path(f).name != f for f in files.values()):
             raise ValueError(
                 f"model.name: found no map of weights to files in {directory / _INDEX}"
             )
+        for file in sorted({*files.values()}):
+            _names_in(directory / file)
         return {name: directory / file for name, file in files.items()}
     if (directory / _SINGLE).exists():
-        with safe_open(directory / _SINGLE, "pt") as file:
-            return dict.fromkeys(file.keys(), directory / _SINGLE)
+        return dict.fromkeys(_names_in(directory / _SINGLE), directory / _SINGLE)
     raise ValueError(f"model.name: found no {_INDEX} or {_SINGLE} in {directory}, expected one")
+
+
+def _names_in(file: Path) -> list[str]:
+    try:
+        with safe_open(file, "pt") as opened:  # a file that was cut short does not open
+            return list(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"model.name: found a damaged file {file}, expected safetensors ({error})"
+        ) from None
 
 
 @torch.no_grad()

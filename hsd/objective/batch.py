@@ -9,6 +9,7 @@ from hsd.config import Config
 from hsd.data.contexts import Context, ContextBuilder
 from hsd.data.peers import Peers, divergence_position
 from hsd.objective.advantage import ADVANTAGES, shaped_rewards
+from hsd.objective.config import ObjectiveConfig
 from hsd.objective.normalisation import NORMALISATIONS, StepTotals
 from hsd.objective.weights import window_mask
 from hsd.policy.packing import TrainingRow
@@ -57,24 +58,14 @@ def judge(
     shares = NORMALISATIONS[objective.normalisation](group.own_tokens, totals)
     judged = []
     for index, rollout in enumerate(group.rollouts):
-        chosen, correct = peers[index], group.rewards[index]
+        chosen = peers[index]
         first = chosen.successes[0] if chosen.successes else None
-        same_question = first is not None and first.question_id == group.question.id
-        divergence = None
-        if first is not None and same_question:
-            divergence = divergence_position(rollout.token_ids, first.token_ids)
+        own = first if first and first.question_id == group.question.id else None
+        divergence = divergence_position(rollout.token_ids, own.token_ids) if own else None
         context = _context(group, chosen, contexts, config)
-        distilled = window_mask(
-            len(rollout.token_ids),
-            correct=correct,
-            divergence=divergence,
-            window=objective.window,
-        )
-        if context is None or (objective.mask == "failures" and correct):
-            distilled = [False] * len(rollout.token_ids)
-        advantage = advantages[index]
-        if config.context.fallback == "policy_gradient" and first is not None:
-            advantage = 0.0
+        distilled = _distilled(group, index, divergence, context, objective)
+        rewarded = first is None or config.context.fallback != "policy_gradient"
+        advantage = advantages[index] if rewarded else 0.0
         row = TrainingRow(
             student_prompt=prompt,
             teacher_prompt=prompt if context is None else tuple(context.token_ids),
@@ -87,7 +78,7 @@ def judge(
         judged.append(
             JudgedRollout(
                 peers=chosen,
-                peer=first.index if first and same_question and first.step == group.step else None,
+                peer=own.index if own and own.step == group.step else None,
                 divergence=divergence,
                 advantage=advantage,
                 context_length=len(context.token_ids) if context else None,
@@ -121,6 +112,20 @@ def _context(
         peers=[peer.text for peer in peers.successes],
         failed=None if peers.failed is None else peers.failed.text,
     )
+
+
+def _distilled(
+    group: Group,
+    index: int,
+    divergence: int | None,
+    context: Context | None,
+    objective: ObjectiveConfig,
+) -> list[bool]:
+    """The tokens of a rollout that have a teacher."""
+    length, correct = len(group.rollouts[index].token_ids), group.rewards[index]
+    if context is None or (objective.mask == "failures" and correct):
+        return [False] * length
+    return window_mask(length, correct=correct, divergence=divergence, window=objective.window)
 
 
 def _weights(

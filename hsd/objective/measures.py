@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from hsd.config import Config
+from hsd.data.verify import Outcome
 from hsd.distributed.process import World
 from hsd.objective.batch import JudgedRollout
 from hsd.objective.schedule import value_at
 from hsd.objective.step import SUMS
 from hsd.rollout.groups import Group, too_old
 from hsd.scores import repetition
+
+_OUTCOMES = {outcome: f"verifier_{outcome.value}" for outcome in Outcome}
 
 
 def step_metrics(
@@ -34,70 +37,88 @@ def step_metrics(
         judged: those that the step kept; all else is of these.
         sums: of `accumulate_gradients`, over the updates of the step.
     """
-    outcomes = [outcome for _, each in judged for outcome in each]
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    failed = [
-        outcome
-        for group, each in judged
-        for outcome, reward in zip(each, group.rewards, strict=True)
-        if not reward
-    ]
-    counts = torch.tensor(
-        [
-            len(rollouts),
-            sum(reward for group in groups for reward in group.rewards),
-            len(outcomes),
-            sum(bool(outcome.peers.successes) for outcome in outcomes),
-            sum(bool(outcome.peers.successes) for outcome in failed),
-            sum(len(rollout.token_ids) for rollout in rollouts),
-            sum(rollout.finish_reason == "length" for rollout in rollouts),
-            sum(outcome.peer_truncated_tokens > 0 for outcome in outcomes),
-            sum(outcome.peer_truncated_tokens for outcome in outcomes),
-            sum(outcome.special_tokens_removed for outcome in outcomes),
-            sum(outcome.context_length is not None for outcome in outcomes),
-            sum(outcome.context_length or 0 for outcome in outcomes),
-            sum(repetition(rollout.token_ids) for rollout in rollouts),
-            sum(len(group.rollouts) for group in groups if too_old(group, config)),
-        ],
-        dtype=torch.float64,
-    )
-    world.sum_(counts)
-    largest = torch.zeros((2, world.size), dtype=torch.float64)
-    largest[:, world.rank] = torch.tensor([largest_gap, peak_memory()], dtype=torch.float64)
-    gap, memory = world.sum_(largest).amax(1).tolist()
-    total = dict(zip(SUMS, world.sum_(sums).tolist(), strict=True))
-    count, correct, kept, with_peer, covered, tokens, cut, *contexts, repeated, old = (
-        counts.tolist()
-    )
-    truncated, truncated_tokens, removed, taught, context_tokens = contexts
+    counted = _summed(world, _counts(config, groups, judged))
+    total = _summed(world, dict(zip(SUMS, sums.tolist(), strict=True)))
+    gap, memory = _largest(world, [largest_gap, peak_memory()])
+    count, kept = counted["rollouts"], max(counted["kept"], 1)
     weight, trained = max(total["weight"], 1e-30), max(total["tokens"], 1.0)
+    old = {} if config.rollout.max_policy_age is None else {"too_old_rollouts": counted["old"]}
     return {
-        "reward": correct / count,
+        "reward": counted["correct"] / count,
         "loss": total["loss"],
         **_teacher_metrics(config, total, step),
         **_reference_metrics(config, total, step),
         "entropy": total["entropy"] / weight,
         "weight": total["weight"],
-        "kept_share": kept / count,
-        "peer_share": with_peer / max(kept, 1),
-        "failed_with_peer_share": covered / max(kept, 1),
-        "response_length": tokens / count,
-        "cut_share": cut / count,
-        "context_length": context_tokens / max(taught, 1),
-        "repetition": repeated / count,
-        "peers_truncated": truncated,
-        "peer_truncated_tokens": truncated_tokens,
-        "special_tokens_removed": removed,
-        "generated_tokens": tokens,
+        "kept_share": counted["kept"] / count,
+        "peer_share": counted["with_peer"] / kept,
+        "failed_with_peer_share": counted["failed_with_peer"] / kept,
+        "response_length": counted["tokens"] / count,
+        "cut_share": counted["cut"] / count,
+        "context_length": counted["context_tokens"] / max(counted["contexts"], 1),
+        "repetition": counted["repeated"] / count,
+        "peers_truncated": counted["peers_truncated"],
+        "peer_truncated_tokens": counted["peer_truncated_tokens"],
+        "special_tokens_removed": counted["special_tokens_removed"],
+        "generated_tokens": counted["tokens"],
         "trained_tokens": total["tokens"],
         "engine_gap_mean": total["gap"] / trained,
         "engine_gap_max": gap,
         "peak_memory_bytes": memory,
         **_gradient_metrics(config, total),
         **_sparse_metrics(config, total),
-        **({} if config.rollout.max_policy_age is None else {"too_old_rollouts": old}),
+        **old,
         **({"router_aux_loss": total["router_aux"] / weight} if total["router_aux"] else {}),
+        **{name: counted[name] for name in _OUTCOMES.values()},
     }
+
+
+def _counts(
+    config: Config,
+    groups: Sequence[Group],
+    judged: Sequence[tuple[Group, Sequence[JudgedRollout]]],
+) -> dict[str, float]:
+    """What this process has of each."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    verified = [outcome for group in groups for outcome in group.outcomes]
+    outcomes = [outcome for _, each in judged for outcome in each]
+    failed = [
+        outcome
+        for group, each in judged
+        for outcome, reward in zip(each, group.rewards, strict=True)
+        if not reward
+    ]
+    return {
+        "rollouts": len(rollouts),
+        "correct": sum(reward for group in groups for reward in group.rewards),
+        "tokens": sum(len(rollout.token_ids) for rollout in rollouts),
+        "cut": sum(rollout.finish_reason == "length" for rollout in rollouts),
+        "repeated": sum(repetition(rollout.token_ids) for rollout in rollouts),
+        "old": sum(len(group.rollouts) for group in groups if too_old(group, config)),
+        **{name: verified.count(outcome) for outcome, name in _OUTCOMES.items()},
+        "kept": len(outcomes),
+        "with_peer": sum(bool(outcome.peers.successes) for outcome in outcomes),
+        "failed_with_peer": sum(bool(outcome.peers.successes) for outcome in failed),
+        "peers_truncated": sum(outcome.peer_truncated_tokens > 0 for outcome in outcomes),
+        "peer_truncated_tokens": sum(outcome.peer_truncated_tokens for outcome in outcomes),
+        "special_tokens_removed": sum(outcome.special_tokens_removed for outcome in outcomes),
+        "contexts": sum(outcome.context_length is not None for outcome in outcomes),
+        "context_tokens": sum(outcome.context_length or 0 for outcome in outcomes),
+    }
+
+
+def _summed(world: World, values: Mapping[str, float]) -> dict[str, float]:
+    """The sums over all processes."""
+    found = world.sum_(torch.tensor(list(values.values()), dtype=torch.float64))
+    return dict(zip(values, found.tolist(), strict=True))
+
+
+def _largest(world: World, values: Sequence[float]) -> list[float]:
+    """The largest of each over all processes."""
+    of_ranks = torch.zeros((len(values), world.size), dtype=torch.float64)
+    of_ranks[:, world.rank] = torch.tensor(values, dtype=torch.float64)
+    found: list[float] = world.sum_(of_ranks).amax(1).tolist()
+    return found
 
 
 def peak_memory() -> int:

@@ -31,7 +31,7 @@ from hsd.objective.token_loss import (
 )
 from hsd.policy.packing import TrainingRow, merge_equal, micro_batches, without_idle_ends
 from hsd.policy.teachers import Policy
-from hsd_kernels import TokenStatistics, fused_hsd_loss
+from hsd_kernels import LossOutput, TokenStatistics, fused_hsd_loss
 
 SUMS = (
     "loss",
@@ -106,6 +106,43 @@ def _micro_batch(
     temperature: float,
     step: int,
 ) -> tuple[Tensor, float]:
+    """Forward and backward; what `_sums` gives."""
+    out, tokens, gradient, balance = _forward(policy, batch, objective, temperature, step)
+    # A sequence is as heavy in it as in the rest of the loss: no split and no merging changes that.
+    shares = torch.tensor([sum(row.weights) for row in batch], device=tokens.weights.device)
+    router_aux = shares.new_zeros(()) if balance is None else (shares * balance).sum()
+    total = out.loss + policy.router_coef * router_aux
+    total.backward()  # type: ignore[no-untyped-call]
+
+    loss = total.detach().double()
+    if gradient.constant is not None:
+        constant = (tokens.weights * gradient.constant).double().sum()
+        loss = loss + value_at(objective.pg_coef, step) * constant
+    clipped = gradient.clipped
+    if clipped is None:
+        ratio = torch.exp(_given(out.stats.logprob) - tokens.engine_logprobs)
+        clipped = out_of_range(ratio, tokens.advantages, objective.clip_range)
+    return _sums(
+        tokens,
+        out.stats,
+        loss=loss,
+        clipped=clipped,
+        router_aux=router_aux.detach(),
+        vocab_size=len(policy.head.weight),
+    )
+
+
+def _forward(
+    policy: Policy,
+    batch: Sequence[TrainingRow],
+    objective: ObjectiveConfig,
+    temperature: float,
+    step: int,
+) -> tuple[LossOutput, Tokens, PolicyGradient, Tensor | None]:
+    """The loss, its tokens and policy gradient; and (B,) load-balancing losses, if any.
+
+    What the loss alone has read dies here: it does not stay through the backward of the layers.
+    """
     reference = objective.reads_reference(step)
     student_hidden, balance, others = hidden_states(policy, batch, reference=reference)
     tokens = response_tokens(policy, batch, device=student_hidden.device)
@@ -143,30 +180,7 @@ def _micro_batch(
         **terms,
         **gradient.arguments,
     )
-    # What the loss has read would stay through the backward of the layers.
-    del student_hidden, others, log_probs
-    # A sequence is as heavy in it as in the rest of the loss: no split and no merging changes that.
-    shares = torch.tensor([sum(row.weights) for row in batch], device=tokens.weights.device)
-    router_aux = shares.new_zeros(()) if balance is None else (shares * balance).sum()
-    total = out.loss + policy.router_coef * router_aux
-    total.backward()  # type: ignore[no-untyped-call]
-
-    loss = total.detach().double()
-    if gradient.constant is not None:
-        constant = (tokens.weights * gradient.constant).double().sum()
-        loss = loss + value_at(objective.pg_coef, step) * constant
-    clipped = gradient.clipped
-    if clipped is None:
-        ratio = torch.exp(_given(out.stats.logprob) - tokens.engine_logprobs)
-        clipped = out_of_range(ratio, tokens.advantages, objective.clip_range)
-    return _sums(
-        tokens,
-        out.stats,
-        loss=loss,
-        clipped=clipped,
-        router_aux=router_aux.detach(),
-        vocab_size=len(head.weight),
-    )
+    return out, tokens, gradient, balance
 
 
 def _corrected(tokens: Tokens, objective: ObjectiveConfig, logprob: Tensor) -> Tokens:

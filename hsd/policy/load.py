@@ -34,7 +34,7 @@ def load_policy(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         ValueError: no such model, with the reason; or the tokenizer has no end of sequence.
     """
     tokenizer = load_tokenizer(name)
-    with _named_faults(name):
+    with named_faults(name):
         causal: Any = AutoModelForCausalLM
         model, info = causal.from_pretrained(
             _path(name), dtype=torch.float32, output_loading_info=True
@@ -50,7 +50,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: no such model, with the reason; or the tokenizer has no end of sequence.
     """
-    with _named_faults(name):
+    with named_faults(name):
         tokenizer: Any = AutoTokenizer.from_pretrained(_path(name))
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model.name: found {name!r} without an eos token, expected one")
@@ -63,7 +63,8 @@ def _path(name: str) -> str | Path:
 
 
 @contextmanager
-def _named_faults(name: str) -> Iterator[None]:
+def named_faults(name: str) -> Iterator[None]:
+    """What transformers says of the files of a model becomes a ValueError that names the model."""
     try:
         yield
     except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:

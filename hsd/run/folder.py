@@ -75,18 +75,15 @@ class RunFolder:
             trackers = open_trackers(
                 config.logging, path, title=path.name, recorded=recorded, done=done
             )
-        except ValueError:
             if resume is None:
-                remove_traces(path)
-                shutil.rmtree(path / STATES)
-                lock.release()
-                path.rmdir()
+                # Last and whole: a folder with it is a run that can be resumed.
+                fresh = path / ".config.json"
+                fresh.write_text(json.dumps(recorded, indent=2) + "\n", encoding="utf-8")
+                fresh.rename(path / "config.json")
+        except (ValueError, OSError):
+            if resume is None:
+                _remove(path, lock)
             raise
-        if resume is None:
-            # Last and whole: a folder with it is a run that can be resumed.
-            fresh = path / ".config.json"
-            fresh.write_text(json.dumps(recorded, indent=2) + "\n", encoding="utf-8")
-            fresh.rename(path / "config.json")
         self.path = path
         self._title = path.name
         self._lock = lock
@@ -150,13 +147,7 @@ class RunFolder:
     def discard(self) -> None:
         """Removes what the constructor made: a run that cannot start leaves nothing behind."""
         self._close_files()
-        remove_traces(self.path)
-        shutil.rmtree(self.path / STATES, ignore_errors=True)
-        for name in ("config.json", "metrics.jsonl", "rollouts.jsonl"):
-            (self.path / name).unlink(missing_ok=True)
-        self._lock.release()
-        with contextlib.suppress(OSError):  # not ours, what else is in it
-            self.path.rmdir()
+        _remove(self.path, self._lock)
 
     def close(self) -> None:
         """Draws the curves and closes the files."""
@@ -169,6 +160,17 @@ class RunFolder:
         self._rollouts.close()
         for tracker in self._trackers:
             tracker.close()
+
+
+def _remove(path: Path, lock: FolderLock) -> None:
+    """Takes back what a new run has put into its folder."""
+    remove_traces(path)
+    shutil.rmtree(path / STATES, ignore_errors=True)
+    for name in (".config.json", "config.json", "metrics.jsonl", "rollouts.jsonl"):
+        (path / name).unlink(missing_ok=True)
+    lock.release()
+    with contextlib.suppress(OSError):  # not ours, what else is in it
+        path.rmdir()
 
 
 def _records(step: int, group: Group, judged: Sequence[JudgedRollout]) -> Iterator[dict[str, Any]]:

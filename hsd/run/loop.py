@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import traceback
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from hsd.distributed.failure import is_first_to_fail, leave_at_once, lost_anothe
 from hsd.distributed.process import World, join_world, leave_world
 from hsd.evaluate import accuracy_table
 from hsd.metrics import StepProgress
-from hsd.recipe import print_error, to_dict
+from hsd.policy.load import cache_directory
+from hsd.recipe import fail, print_error, to_dict
 from hsd.rollout.protocol import EngineError
 from hsd.rollout.replay import ReplayError
+from hsd.run.disk import disk_full
 from hsd.run.folder import STATES, RunFolder
 from hsd.run.launch import Launch, parse_launch
 from hsd.run.lock import FolderLock
@@ -90,6 +93,9 @@ def _start(
     except BaseException as error:
         if run and not launch.resume:
             run.discard()
+        if full := disk_full(error):
+            found = f"found a full disk ({full}), expected room in {path} and {cache_directory()}"
+            raise UnusableInput(found) from error
         if isinstance(error, ValueError | OSError):
             raise UnusableInput(str(error)) from error
         raise
@@ -215,7 +221,11 @@ def run(argv: list[str]) -> int:
     if launch.dry_run:
         print(shown)
         return 0
-    world = join_world()
+    try:
+        world = join_world()
+    except ValueError as error:
+        size = os.environ["WORLD_SIZE"]
+        fail(f"WORLD_SIZE: found {size!r}, expected none, or torchrun's environment ({error})")
     console = Console(quiet=not world.is_main)
     console.print_json(shown)
     code = _run(launch, world, console)
@@ -245,10 +255,13 @@ def _run(launch: Launch, world: World, console: Console) -> int:
             Console().print(stopped)
         return 1
     except Exception as error:
-        if world.size == 1:
+        full = disk_full(error)
+        if world.size == 1 and not full:
             raise
         if is_first_to_fail():
-            if lost_another_rank(error):
+            if full:
+                print_error(f"{full}; the last checkpoint can be resumed once there is room")
+            elif lost_another_rank(error):
                 print_error(f"rank {world.rank} lost another rank")
             else:
                 traceback.print_exc()

@@ -121,3 +121,18 @@ def test_a_python_without_vllm(
     error = one_line(capsys)
     assert "engine.python: found '" in error and said in error
     assert not run.exists()
+
+
+@pytest.mark.parametrize("size", ["2", "two"])
+def test_a_world_that_nobody_started(
+    size: str,
+    tmp_path: Path,
+    make_recipe: Callable[..., Path],
+    run_hsd: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert run_hsd("train", make_recipe(tmp_path / "recipe"), "--run-dir", tmp_path / "run") == 2
+    assert f"WORLD_SIZE: found '{size}', expected none, or torchrun's" in one_line(capsys)
+    assert not (tmp_path / "run").exists()

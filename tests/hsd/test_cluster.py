@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +60,30 @@ def test_torchrun_by_hand_wants_to_know_where_it_is(programs: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError) as failure:
         launched("torchrun.sh", programs, NODES="4", NODE="2")
     assert "MAIN: HOST:PORT of machine 0" in failure.value.stderr
+
+
+def test_machines_have_the_numbers_that_they_were_given(tmp_path: Path) -> None:
+    """Two machines of one rank each, both here; the second is started first."""
+    package = tmp_path / "hsd"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "train.py").write_text(
+        "import os, sys\nprint(sys.argv[1], os.environ['GROUP_RANK'], os.environ['RANK'])\n"
+    )
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        main = f"localhost:{free.getsockname()[1]}"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    machines = []
+    for node in ("1", "0"):
+        given = {"NODES": "2", "NODE": node, "MAIN": main, "GPUS": "1", "PATH": path}
+        words = ["bash", ROOT / "cluster" / "torchrun.sh", f"machine-{node}"]
+        machines.append(
+            subprocess.Popen(words, env=given, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        )
+        time.sleep(1)
+    found = [machine.communicate(timeout=120)[0].split() for machine in machines]
+    assert found == [["machine-1", "1", "1"], ["machine-0", "0", "0"]]
 
 
 def test_slurm(programs: Path) -> None:

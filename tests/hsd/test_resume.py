@@ -422,14 +422,6 @@ def test_a_replay_of_another_run_is_one_line(
     assert "found 0 rollouts of a question of this step, expected 3" in out
 
 
-def test_profile_writes_the_trace_of_a_step_with_its_memory(go: Go) -> None:
-    status, run = go("--profile", checkpoint_every=0, steps=2)
-    assert status == 0
-    (trace,) = (run / "profile").iterdir()
-    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
-    assert {"aten::mm", "[memory]", "Optimizer.step#AdamW.step"} <= names
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +157,57 @@ def test_a_damaged_run_is_not_resumed_and_the_file_is_named(
     err = capsys.readouterr().err
     assert err.startswith("hsd: error: ") and err.count("\n") == 1, err
     assert str(named) in err
+
+
+@contextmanager
+def files_of_at_most(nbytes: int) -> Iterator[None]:
+    """Writing more ends as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "every"),
+    [(8_000, 0), (50_000, 1), (50_000, 0), (150_000, 1)],
+    ids=["rollouts", "what never changes", "export", "optimiser"],
+)
+def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(
+    nbytes: int,
+    every: int,
+    tmp_path: Path,
+    make_recipe: MakeRecipe,
+    run_hsd: RunHsd,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = make_recipe(tmp_path / "recipe", {"warmup": {"steps": 0}, "checkpoint_every": every})
+    run = tmp_path / "run"
+    with files_of_at_most(nbytes):
+        assert run_hsd("train", recipe, "--run-dir", run) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("hsd: error: File too large; ") and err.count("\n") == 1, err
+    assert not [path for path in run.rglob(".*")]
+    assert run_hsd("train", "--resume", run) == 0
+    assert (run / "checkpoint" / "model.safetensors").exists()
+
+
+def test_a_disk_that_is_full_at_the_start_is_one_line_and_leaves_nothing(
+    tmp_path: Path,
+    make_recipe: MakeRecipe,
+    run_hsd: RunHsd,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = make_recipe(tmp_path / "recipe", {"warmup": {"steps": 0}})
+    run = tmp_path / "run"
+    with files_of_at_most(1000):
+        assert run_hsd("train", recipe, "--run-dir", run) == 2
+    err = capsys.readouterr().err
+    found = f"hsd: error: found a full disk (File too large), expected room in {run} and "
+    assert err.startswith(found) and err.count("\n") == 1, err
+    assert not run.exists()
 
 
 REPLAYS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers.core_model_loading import Concatenate, WeightConverter
 
 from hsd.distributed import names
+from hsd.distributed.budget.architecture import load_architecture
 from hsd.distributed.config import ShardingConfig
 from hsd.distributed.fsdp import local_part
 from hsd.distributed.load import load_sharded
@@ -220,14 +222,46 @@ def test_weights_that_would_be_computed_from_those_of_the_files_are_refused(
         )
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "missing"])
+def test_a_damaged_file_is_named(
+    damage: str, mesh_of: MeshOf, make_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    mesh = mesh_of(0)
+    for size, count in (("50KB", 4), ("1GB", 1)):
+        folder = tmp_path / size
+        make_model("llama").save_pretrained(folder, max_shard_size=size)
+        files = sorted(folder.glob("*.safetensors"))
+        assert len(files) == count
+        if damage == "missing" and count > 1:
+            files[-1].unlink()
+        else:
+            os.truncate(files[-1], 5000 if damage == "cut" else 0)
+        with pytest.raises(ValueError, match=f"model.name: found a damaged file {files[-1]}"):
+            load(folder, mesh)
+
+
+@pytest.mark.parametrize("content", ["{", '{"model_type": "llama", "hidden_size": -1}'])
+def test_a_damaged_configuration_is_one_line(
+    content: str, mesh_of: MeshOf, make_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    mesh = mesh_of(0)
+    for read in (lambda: load(tmp_path, mesh), lambda: load_architecture(str(tmp_path))):
+        with pytest.raises(ValueError, match=f"model.name: found '{tmp_path}', expected"):
+            read()
+
+
 @pytest.mark.parametrize("index", [{"weight_map": {"a": "../b.safetensors"}}, [], {}])
 def test_an_index_that_is_none_is_refused(
     index: object, mesh_of: MeshOf, make_model: Callable[..., Any], tmp_path: Path
 ) -> None:
     make_model("llama").save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="found no map of weights to files"):
-        load(tmp_path, mesh_of(0))
+    file, mesh = tmp_path / "model.safetensors.index.json", mesh_of(0)
+    for content in (json.dumps(index), "{"):
+        file.write_text(content)
+        with pytest.raises(ValueError, match="found no map of weights to files"):
+            load(tmp_path, mesh)
 
 
 def test_a_directory_without_weights_is_refused(

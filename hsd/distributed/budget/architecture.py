@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -34,7 +35,7 @@ def load_architecture(name: str) -> PreTrainedConfig:
     try:
         found = AutoConfig.from_pretrained(name)
         return found
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         known = ", ".join(sorted(path.stem for path in _SHIPPED.glob("*.json")))
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(

@@ -81,8 +81,14 @@ def main(argv: list[str]) -> int:
     # Of torch, on fake tensors that it prints or copies.
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
     console = Console()
-    simulation = _simulated(scenario)
-    _show(console, scenario, simulation, gpu_bytes, figure)
+    try:
+        simulation = _simulated(scenario)
+    except ValueError as error:  # options that do not fit the model
+        fail(str(error))
+    try:
+        _show(console, scenario, simulation, gpu_bytes, figure)
+    except OSError as error:
+        fail(f"--figure: {figure} could not be written ({error.strerror})")
     if arguments.compare:
         console.print(_comparison(scenario, simulation, gpu_bytes))
     if arguments.search:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from hsd.distributed.budget.kinds import KINDS
 from hsd.distributed.budget.tracker import Phase
+from hsd.metrics import save_figure
 
 ENGINE = "engine weights"
 CACHE = "engine KV cache"
@@ -75,4 +76,4 @@ def draw(rows: Rows, gpu_bytes: int, path: Path, *, title: str) -> None:
     axes.set_title(title)
     axes.tick_params(axis="x", rotation=20)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -249,14 +250,14 @@ def _phases(scenario: Scenario, parts: Any, tracker: StepTracker) -> Iterator[No
     """Tells the tracker when the update turns to something else."""
     policy, optimizer = parts.policy, parts.optimizer
     offload = scenario.config.sharding.offload
-    names = {id(policy.initial): "reference forward", id(policy.teacher): "teacher forward"}
+    # Of a micro-batch, in the order of `hidden_states`: one model may be teacher and reference.
+    beside = [] if policy.teacher is None else ["teacher forward"]
+    beside += ["reference forward"] if scenario.config.objective.reads_reference(0) else []
+    names = itertools.cycle(beside)
 
-    def forward(model: Any) -> Callable[..., None]:
-        def enter(*_: object) -> None:
-            name = "student forward" if torch.is_grad_enabled() else names[id(model)]
-            tracker.enter(name, kinds.ACTIVATIONS)
-
-        return enter
+    def forward(*_: object) -> None:
+        name = "student forward" if torch.is_grad_enabled() else next(names)
+        tracker.enter(name, kinds.ACTIVATIONS)
 
     def loss(*args: Any, **arguments: Any) -> Any:
         tracker.enter("loss", kinds.LOSS)
@@ -277,7 +278,7 @@ def _phases(scenario: Scenario, parts: Any, tracker: StepTracker) -> Iterator[No
         tracker.mark(states, kinds.OPTIMIZER, on_host=offload != "none")
 
     hooks: list[Any] = [
-        each.base_model.register_forward_pre_hook(forward(each)) for each in _models(policy)
+        each.base_model.register_forward_pre_hook(forward) for each in _models(policy)
     ]
     hooks.append(optimizer.register_step_pre_hook(before_optimizer))
     hooks.append(optimizer.register_step_post_hook(after_optimizer))
