@@ -46,6 +46,7 @@ def _serve_calls(program: str, calls: int, control: int, limits: Any) -> dict[st
     if child == 0:
         os.close(control)
         with contextlib.suppress(BaseException):
+            os.setsid()
             jail.limit_cpu(limits["cpu_seconds"])
             _answer_calls(program, calls, limits)
         os._exit(0)
@@ -91,6 +92,7 @@ def _run_program(program: str, text: str, limits: Any) -> dict[str, Any]:
             os.dup2(stdin_read, 0)
             os.dup2(stdout_write, 1)
             os.closerange(3, 64)
+            os.setsid()
             jail.limit_cpu(limits["cpu_seconds"])
             status = _as_main(program)
         os._exit(status)
