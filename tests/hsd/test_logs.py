@@ -214,13 +214,15 @@ SHOWN = (
 def test_the_live_view_shows_the_last_step(terminal: bool) -> None:
     """In a terminal in place, with the steps done and the time left; in a file a line a step."""
     file = io.StringIO()
-    console = Console(width=200, file=file, force_terminal=terminal)
+    console = Console(width=80 if terminal else 200, file=file, force_terminal=terminal)
     with StepProgress(console, steps=8, label="train", done=2) as progress:
         progress.advance({"reward": 1.0}, step=3)
         progress.advance(STEP, step=4)
     text = file.getvalue()
     if terminal:
-        assert "train" in text and "4/8" in text and SHOWN in text and "left" in text
+        bar, *numbers = text.rsplit("train", 1)[1].splitlines()
+        assert "4/8" in bar and "left" in bar
+        assert " ".join(" ".join(numbers).split()).startswith(" ".join(SHOWN.split()))
         assert "step 4:" not in text
     else:
         assert "step 3: reward 1.00\n" in text and f"step 4: {SHOWN}\n" in text
