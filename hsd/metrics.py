@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -85,20 +85,30 @@ _SHOWN = (
 )
 
 
+class _Bar(Progress):
+    """A bar with numbers below it: beside it they would take its place in a narrow terminal."""
+
+    numbers = Text()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.numbers:
+            yield self.numbers
+
+
 class StepProgress:
     """The live bar of a training run: the last step's numbers and the time left."""
 
     def __init__(self, console: Console, *, steps: int, label: str, done: int = 0) -> None:
-        self._progress = Progress(
+        self._progress = _Bar(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=16),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
         )
-        self._task = self._progress.add_task(label, total=steps, completed=done, numbers="")
+        self._task = self._progress.add_task(label, total=steps, completed=done)
         self._console = console
 
     def __enter__(self) -> StepProgress:
@@ -113,8 +123,10 @@ class StepProgress:
         numbers = "  ".join(
             f"{label} {metrics[key]:{spec}}" for key, label, spec in _SHOWN if key in metrics
         )
-        self._progress.update(self._task, advance=1, numbers=numbers)
-        if not self._console.is_terminal:
+        self._progress.update(self._task, advance=1)
+        if self._console.is_terminal:
+            self._progress.numbers = Text(numbers)
+        else:
             self._console.print(f"step {step}: {numbers}", highlight=False)
 
 

@@ -23,6 +23,15 @@ OWN_ARGUMENTS = (
     "-tp",
 )
 """Arguments of `vllm serve` that the trainer sets itself."""
+OWN_KEYWORDS = (
+    "model",
+    "dtype",
+    "logprobs-mode",
+    "generation-config",
+    "enable-sleep-mode",
+    "seed",
+)
+"""Of vLLM's class LLM likewise, with dashes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +87,9 @@ class EngineConfig:
             _require_loopback(url)
         for argument in self.arguments:
             word = argument.split("=")[0].replace("_", "-")
-            free = word not in OWN_ARGUMENTS
+            # vLLM takes the beginning of an option for the option.
+            free = not word.startswith("-") or not any(o.startswith(word) for o in OWN_ARGUMENTS)
+            free = free and (self.kind != "vllm_colocated" or word not in OWN_KEYWORDS)
             require("engine.arguments", argument, free, "none that the trainer sets itself")
         self._require_applicable()
 

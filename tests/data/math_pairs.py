@@ -124,6 +124,17 @@ B || \textbf{B}
 100 || 1e2
 x \le 3 || x \leq 3
 1,2,3 || 1, 2, 3
+\frac{1}{3} || 0.\overline{3}
+0.\overline{3} || \frac{1}{3}
+0.1\overline{6} || \frac{1}{6}
+-1.\overline{09} || -\frac{12}{11}
+\varnothing || \emptyset
+\emptyset || \varnothing
+[-2,7] || -2 \le x \le 7
+-2 \le x \le 7 || [-2,7]
+(2,\infty) || x > 2
+\{(1,2),(2,1)\} || (1,2),(2,1)
+5 || 5\phantom{0}
 3 || ~After all, 1 + 2 gives 3.
 -7 || ~so the result is -7
 1234 || ~We get 1,234 in total.
@@ -214,6 +225,14 @@ A || B
 100 || 1e3
 x \le 3 || x \ge 3
 1,2,3 || 1,2,4
+0.\overline{3} || 0.3
+0.\overline{3} || 0.\overline{30}
+\{1,2\} || (1,2)
+(2,3) || \{2,3\}
+\left(2,3\right) || \left\{2,3\right\}
+[-2,7] || -2 < x < 7
+(2,\infty) || x \ge 2
+16 || \phantom{16}
 5 || \text{five or six}
 5 || \frac{
 5 || \left(

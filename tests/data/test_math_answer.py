@@ -1,4 +1,5 @@
 import os
+import time
 
 from math_pairs import PAIRS
 
@@ -32,6 +33,23 @@ def test_pairs_of_answers_have_the_outcome_of_a_mathematician() -> None:
     ]
     assert odd == []
     assert pool.counts[Outcome.TIMEOUT] >= 5  # the powers do hang, and the others still finished
+
+
+def test_a_thousand_answers_with_five_percent_hangs_in_bounded_time() -> None:
+    hang, limit, workers = r"\boxed{9^{9^{9^{9}}}}", 2.0, 4
+    texts = [hang if n % 20 == 7 else rf"\boxed{{\frac{{{2 * n}}}{{2}}}}" for n in range(1000)]
+    items = [
+        (Question(id=str(n), prompt="p", answer=str(n + n % 2)), text)
+        for n, text in enumerate(texts)
+    ]
+    with VerifierPool(equivalent, workers=workers, timeout=limit) as pool:
+        started = time.monotonic()
+        outcomes = pool.judge(items)
+        assert time.monotonic() - started < 50 * limit / workers + 60
+    for n, (text, outcome) in enumerate(zip(texts, outcomes, strict=True)):
+        right = Outcome.WRONG if n % 2 else Outcome.CORRECT
+        assert outcome is not Outcome.CORRECT if text == hang else outcome is right, n
+    assert pool.counts[Outcome.TIMEOUT] + pool.counts[Outcome.ERROR] >= 40
 
 
 def test_the_last_box_counts_with_its_braces() -> None:

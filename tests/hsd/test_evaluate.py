@@ -108,6 +108,20 @@ def test_the_majority_is_the_most_frequent_answer_and_the_first_of_equals(
     assert majority_correct(answers, correct) is expected
 
 
+@pytest.mark.parametrize("samples", [1, 3, 5, 9])
+def test_the_majority_of_two_answers_is_a_binomial_tail(samples: int) -> None:
+    """Condorcet: with chance p of the right answer, sum over c > n/2 of C(n,c) p^c (1-p)^(n-c)."""
+    p, found = 0.6, 0.0
+    for right in itertools.product([True, False], repeat=samples):
+        chance = p ** sum(right) * (1 - p) ** (samples - sum(right))
+        found += chance * majority_correct(["7" if each else "8" for each in right], right)
+    tail = (
+        math.comb(samples, c) * p**c * (1 - p) ** (samples - c)
+        for c in range(samples // 2 + 1, samples + 1)
+    )
+    assert found == pytest.approx(sum(tail))
+
+
 @pytest.mark.parametrize(
     ("text", "answer"),
     [

@@ -16,7 +16,7 @@ from rich.console import Console
 from hsd.logs.completions import CompletionRow, completions_table
 from hsd.logs.config import LoggingConfig
 from hsd.logs.trackers import open_trackers, scalars
-from hsd.metrics import read_json_lines
+from hsd.metrics import StepProgress, read_json_lines
 
 MakeRecipe = Callable[..., Path]
 RunHsd = Callable[..., int]
@@ -194,6 +194,48 @@ def test_the_table_shows_model_text_as_it_is() -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for shown in ("[bold]1 + 1?", "[red]2[/red] \\boxed{2}", "17", "none"):
         assert shown in text
+
+
+STEP = {
+    "reward": 0.5,
+    "loss": 0.1234,
+    "kl": 0.25,
+    "ref_kl": 0.01,
+    "peer_share": 0.75,
+    "context_length": 91.4,
+    "tokens_per_second": 512.0,
+}
+SHOWN = (
+    "reward 0.50  loss 0.1234  KL 0.2500  KL to start 0.0100  with peer 75%  context 91  tok/s 512"
+)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_live_view_shows_the_last_step(terminal: bool) -> None:
+    """In a terminal in place, with the steps done and the time left; in a file a line a step."""
+    file = io.StringIO()
+    console = Console(width=80 if terminal else 200, file=file, force_terminal=terminal)
+    with StepProgress(console, steps=8, label="train", done=2) as progress:
+        progress.advance({"reward": 1.0}, step=3)
+        progress.advance(STEP, step=4)
+    text = file.getvalue()
+    if terminal:
+        bar, *numbers = text.rsplit("train", 1)[1].splitlines()
+        assert "4/8" in bar and "left" in bar
+        assert " ".join(" ".join(numbers).split()).startswith(" ".join(SHOWN.split()))
+        assert "step 4:" not in text
+    else:
+        assert "step 3: reward 1.00\n" in text and f"step 4: {SHOWN}\n" in text
+
+
+def test_a_run_shows_its_rollouts(go: Callable[..., int], capsys: Any) -> None:
+    assert go() == 0
+    shown = capsys.readouterr().out
+    assert "step 1: reward" in shown
+    _, title, table = shown.partition("rollouts of step 1")
+    assert title
+    for column in ("question", "completion", "reward", "peer", "tokens", "context"):
+        assert column in table
 
 
 @pytest.mark.parametrize(

@@ -109,10 +109,12 @@ def test_no_sample_is_lost_when_a_server_is_killed(vllm_options, tmp_path, monke
 
 
 def test_throughput_beside_the_transformers_engine(vllm_options, capsys):
+    """Short rows of one length leave a server nothing to gain; uneven ones do, on any machine."""
     threads = torch.get_num_threads()
-    for found in compare(
-        vllm_options["python"], ("quickstart", "uneven"), threads=threads, repeats=1
-    ):
+    least = {"quickstart": 0.5, "uneven": 3.0}
+    ratios = {}
+    for found in compare(vllm_options["python"], tuple(least), threads=threads, repeats=1):
         with capsys.disabled():
             print(f"\n{found.line()} ({threads} threads)")
-        assert found.ratio > 0.5  # far more on idle cores
+        ratios[found.work.name] = found.ratio
+    assert all(ratios[name] >= bound for name, bound in least.items()), ratios

@@ -27,6 +27,7 @@ def supervise(control: int, calls: int, limits: Any) -> NoReturn:
         calls: that process's own channel.
         limits: of hsd.data.sandbox.local, as a dictionary.
     """
+    jail.die_with_parent()  # where no namespace ends with the harness
     # Python's handler would let the program interrupt this process; by default, the first process
     # of a namespace ignores all signals from inside.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -46,6 +47,8 @@ def _serve_calls(program: str, calls: int, control: int, limits: Any) -> dict[st
     if child == 0:
         os.close(control)
         with contextlib.suppress(BaseException):
+            os.setsid()
+            jail.die_with_parent()
             jail.limit_cpu(limits["cpu_seconds"])
             _answer_calls(program, calls, limits)
         os._exit(0)
@@ -91,6 +94,8 @@ def _run_program(program: str, text: str, limits: Any) -> dict[str, Any]:
             os.dup2(stdin_read, 0)
             os.dup2(stdout_write, 1)
             os.closerange(3, 64)
+            os.setsid()
+            jail.die_with_parent()
             jail.limit_cpu(limits["cpu_seconds"])
             status = _as_main(program)
         os._exit(status)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import glob
 import os
 import resource
 import signal
@@ -114,7 +115,7 @@ def _read_only(path: str, *, devices: bool = False) -> None:
 def build_root(*, work_bytes: int) -> None:
     """Replaces the file system: Python and /usr, read-only; three devices; an empty /tmp.
 
-    There is no /proc, /sys, /etc or home directory. The caller's directory becomes /tmp.
+    There is no /proc, /sys, /etc or home directory, and Python is the standard library alone.
 
     Raises:
         OSError: the kernel is older than 5.12 or refuses a mount.
@@ -130,6 +131,7 @@ def build_root(*, work_bytes: int) -> None:
         ["/usr", "/bin", "/lib", "/lib64", os.path.realpath(sys.base_prefix)]
     ):
         _show(path)
+    _hide_packages()
     for name in ("null", "zero", "urandom"):
         _bind(f"/dev/{name}", devices=True)
     os.mkdir("/new/tmp", 0o755)
@@ -149,6 +151,14 @@ def _show(path: str) -> None:
         os.symlink(os.readlink(f"/old{path}"), f"/new{path}")
     elif os.path.isdir(f"/old{path}") and not os.path.exists(f"/new{path}"):
         _bind(path)
+
+
+def _hide_packages() -> None:
+    """Puts an empty directory over installed packages: some hold tasks with their solutions."""
+    for prefix in {"/usr", "/usr/local", os.path.realpath(sys.base_prefix)}:
+        for folder in ("site-packages", "dist-packages"):
+            for path in glob.glob(f"/new{prefix}/lib*/python3*/{folder}"):
+                _mount("tmpfs", path, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=4k,mode=755")
 
 
 def _bind(path: str, *, devices: bool = False) -> None:

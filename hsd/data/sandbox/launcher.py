@@ -109,12 +109,13 @@ def _inside(settings: Any, result: int, *, namespaces: bool) -> NoReturn:
 
 
 def _jail(limits: Any, *, namespaces: bool) -> None:
+    # A process group has no namespace: kill(0, ...) would reach the launcher's and its caller's.
+    os.setsid()
     if namespaces:
         jail.build_root(work_bytes=limits["work_bytes"])
         jail.nest_pid_namespace()
         jail.drop_privileges(user=jail.INNER_ID)
     else:
-        os.setsid()
         os.chdir("/")
         jail.drop_privileges(user=jail.OUTER_ID_OF_ROOT if os.geteuid() == 0 else None)
     # Without a namespace of its own, the user's other processes count, so the launcher counts.

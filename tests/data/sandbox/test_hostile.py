@@ -12,7 +12,12 @@ import pytest
 from hostile_programs import PROGRAMS
 
 import hsd
-from hsd.data.sandbox.local import Job, Limits, LocalSandbox
+from hsd.data.questions import Question, UnitTests
+from hsd.data.sandbox import seccomp
+from hsd.data.sandbox.local import Job, Limits, LocalSandbox, Mechanism
+from hsd.data.verify import Outcome
+from hsd.data.verify.code import unit_tests
+from hsd.data.verify.pool import VerifierPool
 
 LIMITS = Limits(
     wall_seconds=1.2, cpu_seconds=1, memory_bytes=256 << 20, work_bytes=32 << 20, file_bytes=8 << 20
@@ -96,3 +101,21 @@ def test_the_tree_ends_with_the_launcher(sandbox: LocalSandbox) -> None:
             return
         time.sleep(0.05)
     raise AssertionError(descendants())
+
+
+@pytest.mark.parametrize("mechanism", ["namespaces", "limits"])
+@pytest.mark.parametrize("program", ["import time\ntime.sleep(99)", "def f(x):\n while True: pass"])
+def test_a_verifier_with_an_earlier_deadline_leaves_no_program_behind(
+    sandbox: LocalSandbox, mechanism: Mechanism, program: str
+) -> None:
+    if mechanism == "limits" and not seccomp.available():
+        pytest.skip("no filter on this processor")
+    tests = UnitTests(tests=TESTS, functions=("f",))
+    question = Question(id="q", prompt="p", answer="", unit_tests=tests)
+    verify = unit_tests(LocalSandbox(mechanism=mechanism))
+    with VerifierPool(verify, workers=1, timeout=1.5) as pool:
+        assert pool.judge([(question, program)]) == [Outcome.TIMEOUT]
+        deadline = time.monotonic() + 5
+        while descendants() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert descendants() == set()

@@ -105,6 +105,8 @@ def test_a_server_on_a_cpu_computes_no_prompt_in_parts(
         ({"urls": ("http://127.0.0.1.example.org",)}, "engine.urls"),
         ({"arguments": ("--host=0.0.0.0",)}, "engine.arguments: .*none that the trainer sets"),
         ({"arguments": ("--logprobs_mode", "raw_logprobs")}, "engine.arguments"),
+        ({"arguments": ("--hos", "0.0.0.0")}, "engine.arguments: found '--hos'"),
+        ({"kind": "vllm_colocated", "arguments": ("seed=3",)}, "engine.arguments: found 'seed=3'"),
         (
             {"urls": ("http://localhost:1",), "replicas": 2},
             "engine.replicas: .*without engine.urls",
