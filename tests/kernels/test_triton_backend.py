@@ -59,6 +59,17 @@ def test_contract(dtype, kl, entropy):
 
 
 @pytest.mark.gradient
+@pytest.mark.parametrize("case", ["forward_kl", "everything"])
+def test_chunks_change_nothing(case):
+    arguments = problem(case, torch.float32, lead=(24,))
+    whole = solve(arguments, backend="triton")
+    small = solve(arguments | {"max_chunk_bytes": 7 * 4 * 37 * 4}, backend="triton")
+    assert small.plan.chunks > whole.plan.chunks
+    assert_matches(small, whole, tolerance=1e-6)
+    assert_matches(small, truth(arguments))
+
+
+@pytest.mark.gradient
 def test_chunks_sparse_and_top_k():
     arguments = problem("forward_kl", torch.float32, lead=(20,))
     options = {"max_chunk_bytes": 2 * 37 * 4 * 7, "sparse_tolerance": 1e-7, "top_k": 3}
