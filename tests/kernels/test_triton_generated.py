@@ -198,8 +198,6 @@ def cases(draw: st.DrawFn) -> Case:
         given["max_chunk_bytes"] = 9 * 5 * 4 * columns
     frozen = draw(st.sampled_from([(), (), (), ("weight", "bias"), ("student_hidden",)]))
     upstream = draw(st.sampled_from([1.0, -3.0]))
-    if dtype == torch.float16:  # whose gradients need the scale of a loss in fp16
-        upstream *= 2**12
     return Case(near_the_policy(cast(given, dtype)), frozen, upstream, identical)
 
 
@@ -260,7 +258,15 @@ def nearby_truth(given: Arguments, *, difference: bool, **options: Any) -> Resul
         return truth(given, **options)
 
 
-def below_fp16(case: Case, name: str) -> float:
+def loss_scale(dtype: torch.dtype, expected: Result) -> float:
+    """As fp16 training finds it: a power of two by which no gradient of a parameter overflows."""
+    if dtype is not torch.float16:
+        return 1.0
+    largest = max((g.abs().amax().item() for g in expected.gradients.values() if len(g)), default=0)
+    return 2.0 ** min(12, math.floor(math.log2(2**15 / max(largest, 1e-30))))
+
+
+def below_fp16(case: Case, name: str, upstream: float) -> float:
     """Norm of what a gradient loses of logit gradients too small for fp16, and by its own dtype.
 
     The largest is brought to 8 or more, so those below a 2^-27th of it are lost: a saturated
@@ -277,7 +283,7 @@ def below_fp16(case: Case, name: str) -> float:
     vocab = a.get("vocab_size", len(a["weight"]))
     heads = a["weight"][:vocab]
     other = heads if name == "student_hidden" else a["student_hidden"]
-    lost = abs(case.upstream) * largest * 2**-27 / 2 * (len(a["student_hidden"]) * vocab) ** 0.5
+    lost = abs(upstream) * largest * 2**-27 / 2 * (len(a["student_hidden"]) * vocab) ** 0.5
     own = 2**-25 * (heads.numel() + a["student_hidden"].numel()) ** 0.5
     spread: float = 1.0 if name == "bias" else other.double().norm().item()
     return lost * spread + own
@@ -336,11 +342,13 @@ def assert_statistics(result: Result, expected: Result, nearby: Result) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(0 if FULL else 900)
 def test_generated_losses(case):
-    options = {"frozen": case.frozen, "upstream": case.upstream}
-    result = solve(case.arguments, backend="triton", **options)
     ours = ("precision", "sparse_tolerance", "sparse_max_columns", "max_chunk_bytes")
     dense = {name: value for name, value in case.arguments.items() if name not in ours}
+    expected = truth(dense, frozen=case.frozen, upstream=case.upstream)
+    upstream = case.upstream * loss_scale(case.dtype, expected)
+    options = {"frozen": case.frozen, "upstream": upstream}
     expected = truth(dense, **options)
+    result = solve(case.arguments, backend="triton", **options)
     assert result.loss.isfinite() and result.gradients.keys() == expected.gradients.keys()
     difference = result.plan.precision == "difference"
     assert difference == ("precision" in case.arguments)
@@ -354,7 +362,8 @@ def test_generated_losses(case):
             assert found.count_nonzero() == 0, name
         else:
             wanted = expected.gradients[name]
-            floor = times * (nearby.gradients[name] - wanted).norm().item() + below_fp16(case, name)
+            floor = times * (nearby.gradients[name] - wanted).norm().item()
+            floor += below_fp16(case, name, upstream)
             assert_gradient(found, wanted, floor, tolerance)
     if case.identical:
         assert result.loss == 0
