@@ -288,3 +288,9 @@ def test_qwen3_is_known_without_a_hub() -> None:
     assert sizes == {"Qwen/Qwen3-8B": 8_190_735_360, "Qwen/Qwen3-32B": 32_762_123_264}
     with pytest.raises(ValueError, match=r"model\.name: found 'nobody/nothing', expected a model"):
         load_architecture("nobody/nothing")
+
+
+def test_a_model_without_layers_is_refused(tmp_path: Path) -> None:
+    Qwen3Config(num_hidden_layers=0, layer_types=[]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model\.name: found .*, a model of no layers"):
+        load_architecture(str(tmp_path))

@@ -24,7 +24,7 @@ def load_architecture(name: str) -> PreTrainedConfig:
     by transformers (a directory, or a name on the hub).
 
     Raises:
-        ValueError: neither.
+        ValueError: neither, or a model without layers.
     """
     found: PreTrainedConfig
     shipped = _SHIPPED / f"{Path(name).name.lower()}.json"
@@ -34,7 +34,6 @@ def load_architecture(name: str) -> PreTrainedConfig:
         return found
     try:
         found = AutoConfig.from_pretrained(name)
-        return found
     except (OSError, ValueError, StrictDataclassError) as error:
         known = ", ".join(sorted(path.stem for path in _SHIPPED.glob("*.json")))
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -42,6 +41,9 @@ def load_architecture(name: str) -> PreTrainedConfig:
             f"model.name: found {name!r}, expected a model with a configuration: a directory, a "
             f"hub name, or one of {known} ({reason})"
         ) from None
+    if getattr(found, "num_hidden_layers", 1) < 1:
+        raise ValueError(f"model.name: found {name!r}, a model of no layers, expected some")
+    return found
 
 
 def empty_model(
