@@ -101,8 +101,8 @@ def test_inputs_need_not_be_contiguous(backend):
 
 
 @pytest.mark.gradient
-@pytest.mark.parametrize("vocab", [2, 33, 2049])
-def test_the_vocabulary_may_be_odd(backend, vocab):
+@pytest.mark.parametrize("vocab", [2, 33, 64, 129, 2049])
+def test_the_vocabulary_may_have_any_size(backend, vocab):
     given = problem("jsd", vocab=vocab, lead=(3,))
     assert_matches(solve(given, backend=backend), truth(given))
 
