@@ -81,7 +81,7 @@ def test_a_second_backward_is_refused(backend):
 @pytest.mark.gradient
 @pytest.mark.parametrize("upstream", [-3.0, 1e-3])
 def test_the_upstream_gradient_counts(backend, upstream):
-    given = problem("forward_kl")
+    given = problem("everything")
     result = solve(given, backend=backend, upstream=upstream)
     assert_matches(result, truth(given, upstream=upstream))
 
